@@ -1,0 +1,94 @@
+"""Stage folders: named by a digest of what determines their content, finished by their last file.
+
+``<out>/artifacts/<stage>-<digest>/`` is shared by all runs under ``<out>``. The marker of a stage (``manifest.json``
+of a store, ``summary.json`` of a model) is written last; nothing reads a folder without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from distill_ray.storage import Folder
+
+StageName = Literal["data", "teacher", "labels", "student", "tune"]
+
+# Raised when the same config would give another result than before: new code, new folders.
+STAGE_VERSIONS: Mapping[StageName, int] = {"data": 1, "teacher": 1, "labels": 1, "student": 1, "tune": 1}
+MARKERS: Mapping[StageName, str] = {
+    "data": "manifest.json",
+    "labels": "manifest.json",
+    "teacher": "summary.json",
+    "student": "summary.json",
+    "tune": "summary.json",
+}
+_DIGEST_CHARS = 16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage folder of a run."""
+
+    name: StageName
+    digest: str
+    folder: Folder
+
+    @property
+    def marker(self) -> str:
+        """The file whose presence says that the folder is finished."""
+        return MARKERS[self.name]
+
+    def finished(self) -> dict[str, Any] | None:
+        """The marker's content, None while the folder is unfinished.
+
+        A marker that cannot be parsed (a disk that lost its tail) counts as unfinished: the stage runs again and
+        reuses whatever in the folder still passes its checksums.
+        """
+        try:
+            content = self.folder.read_json(self.marker)
+        except (FileNotFoundError, ValueError):
+            return None
+        return content if isinstance(content, dict) else None
+
+
+def stage(out: Folder, name: StageName, payload: Mapping[str, Any]) -> Stage:
+    """The folder for ``payload``: the resolved config of the stage and the digests of its inputs."""
+    digest = digest_of({"stage": name, "version": STAGE_VERSIONS[name], **payload})
+    return Stage(name, digest, out / "artifacts" / f"{name}-{digest}")
+
+
+def digest_of(payload: Mapping[str, Any]) -> str:
+    """A short name for JSON-able content: equal content, equal name, on every machine."""
+    canonical = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGEST_CHARS]
+
+
+@contextmanager
+def exclusive(target: Stage, on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold the stage folder for this process; a second run waits for the first and then finds it finished.
+
+    The lock is the kernel's and ends with its process, however that ends, so nobody waits for a dead one. Object stores
+    have no locks: there two writers do the same work twice, harmlessly, since every file is written whole.
+    """
+    if not target.folder.is_local:
+        yield
+        return
+    directory = Path(target.folder.uri).parent / ".locks"
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(str(directory / f"{target.folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait(f"another run is making {target.folder.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

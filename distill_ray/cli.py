@@ -1,0 +1,205 @@
+"""distill-ray STAGE CONFIG [key=value ...]: the command line. Imports nothing heavy before it knows what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from distill_ray.errors import DistillRayError, UserError
+
+if TYPE_CHECKING:
+    from distill_ray.stages.context import Context
+
+EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="distill-ray", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Distil a large PyTorch model into the best small one for a budget, on a laptop or a Ray cluster.",
+)  # fmt: skip
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as student.loss.temperature=4.")
+]
+OutOption = Annotated[str, typer.Option("--out", help="Folder or URI that runs and artifacts go to.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show stack traces and Ray's own log.")]
+AllowImportOption = Annotated[
+    bool, typer.Option("--allow-import", help="Permit code that the config names by import path.")
+]
+
+
+@dataclass
+class _Options:
+    out: str
+    quiet: bool
+    json: bool
+    debug: bool
+
+
+def _command(name: str, text: str, work: Callable[[Context], dict[str, Any]]) -> None:
+    """Register a command that works on a config; all of them share their flags."""
+
+    def command(
+        config: ConfigArgument,
+        overrides: OverridesArgument = None,
+        out: OutOption = "runs",
+        quiet: QuietOption = False,
+        json_output: JsonOption = False,
+        debug: DebugOption = False,
+        allow_import: AllowImportOption = False,
+    ) -> None:
+        os.environ["DISTILL_RAY_DEBUG"] = "1" if debug else ""
+        options = _Options(out, quiet, json_output, debug)
+        with _context(config, overrides or [], options) as context:
+            answer = work(context)
+        # Ray is gone by now: nothing of it can follow the last line.
+        _show(answer, options)
+
+    command.__doc__ = text
+    app.command(name, help=text)(command)
+
+
+@contextmanager
+def _context(path: Path, overrides: list[str], options: _Options) -> Iterator[Context]:
+    from distill_ray import config as configs
+    from distill_ray.console import Reporter
+    from distill_ray.runtime import Session
+    from distill_ray.stages.context import Context
+    from distill_ray.storage import Folder, check_writable
+    from distill_ray.tracking import Tracker, closing
+
+    config = configs.load(path, overrides)
+    out = Folder.at(options.out)
+    check_writable(out)
+    reporter = Reporter(quiet=options.quiet)
+    session = Session(config.cluster, debug=options.debug)
+    run_folder = out / config.name
+    directory = run_folder.path if run_folder.is_local else Path(tempfile.gettempdir()) / "distill-ray-wandb"
+    tracker = Tracker(config.tracking.wandb, config.name, directory, reporter.warn)
+    try:
+        with closing(tracker):
+            yield Context(config, out, reporter, session, tracker)
+    finally:
+        session.close()
+
+
+def _run(context: Context) -> dict[str, Any]:
+    from distill_ray.stages import results
+
+    return results.write(context) | {"table": f"{context.config.name}: test split"}
+
+
+def _stage(name: str) -> Callable[[Context], dict[str, Any]]:
+    def work(context: Context) -> dict[str, Any]:
+        from importlib import import_module
+
+        extra = import_module(f"distill_ray.stages.{name}").run(context)
+        stages = [outcome.to_json() for outcome in context.outcomes.values()]
+        return {"name": context.config.name, "stages": stages, **(extra if isinstance(extra, dict) else {})}
+
+    return work
+
+
+def _show(answer: dict[str, Any], options: _Options) -> None:
+    from distill_ray.console import results_table
+
+    title = answer.pop("table", None)
+    if not options.quiet:
+        if title is not None:
+            results_table(title, answer["rows"])
+        elif not options.json:
+            for stage in answer.get("stages", []):
+                print(f"{stage['name']}: {stage['folder']} ({stage['status']})")
+    if options.json:
+        print(json.dumps(answer), flush=True)
+
+
+_command("run", "Every stage that is not finished yet; ends with a results table.", _run)
+_command("prepare", "Source to data store.", _stage("prepare"))
+_command("teacher", "Train the teacher, after what it needs.", _stage("teacher"))
+_command("label", "Store the teacher's logits for every row, after what that needs.", _stage("label"))
+_command("student", "Train the students and their CE-only controls, after what they need.", _stage("student"))
+_command("tune", "Search student sizes and temperatures over one label store, after what that needs.", _stage("tune"))
+_command("report", "Write report.html of the run, after every stage it shows.", _stage("report"))
+_command("export", "Write the student in portable forms, after what it needs.", _stage("export"))
+
+
+@app.command("verify", help="Check a data or label store: checksums, ids, coverage, finite logits.")
+def _verify(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or URI of the store.", show_default=False)],
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    from distill_ray.console import Reporter
+    from distill_ray.storage import Folder
+    from distill_ray.store.verify import verify
+
+    answer = verify(Folder.at(path), Reporter(quiet=quiet))
+    if json_output:
+        print(json.dumps(answer), flush=True)
+    elif not quiet:
+        print(
+            f"{answer['folder']}: {answer['kind']} store, {answer['rows']} rows in {answer['shards']} shards: no fault found"
+        )
+
+
+def main() -> None:
+    """Entry point: exit codes as in the README, one line an error."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_guarded(sys.argv[1:]))
+
+
+def _guarded(arguments: list[str]) -> int:
+    debug = "--debug" in arguments
+    try:
+        code = app(args=arguments, prog_name="distill-ray", standalone_mode=False)
+        return int(code or 0)
+    except click.exceptions.Exit as stop:
+        return int(stop.exit_code)
+    except click.ClickException as error:
+        return _fail(f"{error.format_message()} (see distill-ray --help)", EXIT_USER, debug)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted; what is finished is kept, the same command continues", EXIT_INTERRUPTED, debug)
+    except DistillRayError as error:
+        return _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", EXIT_FAILED, debug)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        return _fail(
+            f"{type(error).__name__}: {reason[-1] if reason else ''} (--debug shows where)", EXIT_FAILED, debug
+        )
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"distill-ray: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+__all__ = ["UserError", "app", "main"]
+
+if __name__ == "__main__":
+    main()

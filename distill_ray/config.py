@@ -1,0 +1,515 @@
+"""The typed config of a run: the only description of what the stages do.
+
+One YAML file makes one :class:`Config`. Everything is checked here, before any work: unknown keys, types, ranges and
+contradictions. Nothing heavier than pydantic is imported, so ``--help`` and a typo both answer at once.
+
+How a key takes part in the digest of a stage folder is declared beside the key (see :func:`setting`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from distill_ray.errors import UserError
+
+DigestRule = Literal["always", "never", "not_at_default"]
+
+
+def setting(default: Any = ..., *, digest: DigestRule = "always", **constraints: Any) -> Any:
+    """A config key. ``digest`` says whether the key names the folder of what it produces.
+
+    always: its value is part of the digest. never: it does not change the result (batch size of inference, worker
+    counts, names). not_at_default: a key added after folders existed; at its neutral default the old folders stay
+    valid.
+    """
+    return Field(default, json_schema_extra={"digest": digest}, **constraints)
+
+
+class Section(BaseModel):
+    """A part of the config: immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+class SplitConfig(Section):
+    """How rows are divided over train, validation and test.
+
+    ``fractions`` are three numbers that sum to 1, or two (train, validation) where the source has its own
+    test files.
+    """
+
+    fractions: tuple[float, ...] | None = setting(None)
+
+    @field_validator("fractions")
+    @classmethod
+    def _sum_to_one(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is None:
+            return None
+        if len(value) not in (2, 3) or any(f < 0 for f in value) or abs(sum(value) - 1) > 1e-6:
+            raise ValueError(f"needs 2 or 3 numbers >= 0 that sum to 1, got {list(value)} (sum {sum(value):g})")
+        if value[0] == 0 or value[1] == 0:
+            raise ValueError(
+                "the train and the validation fraction must be above 0: models are chosen on validation rows"
+            )
+        return value
+
+
+class InputConfig(Section):
+    """The input contract: how a stored row becomes what the model sees, ``(raw * scale - mean) / std`` per channel.
+
+    ``shape`` is normally taken from the data; where it is given, it must agree with the data.
+    """
+
+    shape: tuple[int, ...] | None = setting(None)
+    scale: float = setting(1 / 255, gt=0)
+    mean: tuple[float, ...] = setting((0.5,), min_length=1)
+    std: tuple[float, ...] = setting((0.5,), min_length=1)
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(s <= 0 for s in value):
+            raise ValueError("every std must be above 0")
+        return value
+
+
+class DataBase(Section):
+    """What every source shares."""
+
+    seed: int = setting(0, ge=0)
+    shard_rows: int = setting(2048, ge=1)
+    split: SplitConfig = setting(SplitConfig())
+    input: InputConfig = setting(InputConfig())
+
+
+class Glyph62Data(DataBase):
+    """The embedded synthetic source: 62 characters drawn from vector fonts, 1x32x32 uint8."""
+
+    source: Literal["glyph62"]
+    rows: int = setting(12000, ge=62, le=10_000_000)
+
+
+class IdxData(DataBase):
+    """A folder in the MNIST family's file format, plain or .gz.
+
+    ``rows`` limits the training file and ``test_rows`` the test file to a seeded sample: for quick looks.
+    """
+
+    source: Literal["idx"]
+    path: str
+    rows: int | None = setting(None, ge=1)
+    test_rows: int | None = setting(None, ge=1)
+    classes: int | None = setting(None, ge=2)
+
+
+DataConfig: TypeAlias = Annotated[Glyph62Data | IdxData, Field(discriminator="source")]
+
+
+# --- models, losses, training ---------------------------------------------------------------------------------------
+
+
+class CharCnnModel(Section):
+    """The article's network with free widths: 3x3 convolutions, one 2x2 max pool, then linear layers."""
+
+    name: Literal["char_cnn"]
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = setting((32, 64), min_length=1)
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = setting((512, 128))
+
+
+class MlpModel(Section):
+    """Linear layers with ReLU between them, on the flattened input."""
+
+    name: Literal["mlp"]
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = setting((256,))
+
+
+ModelConfig: TypeAlias = Annotated[CharCnnModel | MlpModel, Field(discriminator="name")]
+
+
+class CeLoss(Section):
+    """Hard labels only."""
+
+    name: Literal["ce"]
+
+
+class KdLoss(Section):
+    """Softened teacher logits weighted with the hard labels (Hinton et al. 2015)."""
+
+    name: Literal["kd"]
+    temperature: float = setting(2.0, gt=0, le=100)
+    alpha: float = setting(0.9, ge=0, le=1)
+
+
+LossConfig: TypeAlias = Annotated[CeLoss | KdLoss, Field(discriminator="name")]
+
+PrecisionName: TypeAlias = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class TrainConfig(Section):
+    """How one model is trained. ``batch_size`` is the global batch, whatever the number of workers."""
+
+    epochs: int = setting(4, ge=1)
+    batch_size: int = setting(256, ge=1)
+    optimizer: Literal["adamw", "adam", "sgd"] = setting("adamw")
+    lr: float = setting(1e-3, gt=0)
+    weight_decay: float = setting(0.01, ge=0)
+    momentum: float = setting(0.9, ge=0, lt=1)
+    schedule: Literal["cosine", "constant"] = setting("cosine")
+    warmup_epochs: float = setting(0.0, ge=0)
+    precision: PrecisionName = setting("auto")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> TrainConfig:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of the {self.epochs} epochs")
+        return self
+
+
+class TeacherConfig(Section):
+    """The large model, trained on the hard labels."""
+
+    model: ModelConfig
+    train: TrainConfig = setting(TrainConfig())
+    seed: int = setting(0, ge=0)
+
+
+class LabelsConfig(Section):
+    """The label store: the teacher's logits for every row."""
+
+    views: Literal[1] = setting(1)
+    dtype: Literal["float16"] = setting("float16")
+    precision: PrecisionName = setting("auto")
+    batch_size: int = setting(256, ge=1, digest="never")
+
+
+class StudentConfig(Section):
+    """The small model. Its CE-only control is the same config with another loss."""
+
+    model: ModelConfig
+    loss: LossConfig = setting(KdLoss(name="kd"))
+    train: TrainConfig = setting(TrainConfig(epochs=8, batch_size=128))
+    seeds: tuple[int, ...] = setting((0,), min_length=1, digest="never")
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value) or any(seed < 0 for seed in value):
+            raise ValueError(f"seeds must be distinct and >= 0, got {list(value)}")
+        return value
+
+
+# --- search, tracking, cluster --------------------------------------------------------------------------------------
+
+
+class SpaceEntry(Section):
+    """One dimension of a search: exactly one of the kinds below."""
+
+    choice: tuple[Any, ...] | None = setting(None, min_length=1)
+    grid: tuple[Any, ...] | None = setting(None, min_length=1)
+    uniform: tuple[float, float] | None = setting(None)
+    loguniform: tuple[float, float] | None = setting(None)
+    quniform: tuple[float, float, float] | None = setting(None)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> SpaceEntry:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of {', '.join(type(self).model_fields)}, got {given or 'none'}")
+        bounds = self.uniform or self.loguniform or self.quniform
+        if bounds and not bounds[0] < bounds[1]:
+            raise ValueError(f"the lower bound must be below the upper one, got {list(bounds)}")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError(f"loguniform needs bounds above 0, got {list(self.loguniform)}")
+        if self.quniform and self.quniform[2] <= 0:
+            raise ValueError(f"the step of quniform must be above 0, got {self.quniform[2]:g}")
+        return self
+
+
+class TuneConfig(Section):
+    """A search over keys of the student's config, such as ``model.channels`` or ``loss.temperature``."""
+
+    space: dict[str, SpaceEntry] = setting(min_length=1)
+    search: Literal["random", "grid", "optuna"] = setting("random")
+    scheduler: Literal["asha", "none"] = setting("asha")
+    trials: int = setting(24, ge=1)
+    seeds: int = setting(5, ge=1)
+    seed: int = setting(0, ge=0)
+    max_parameters: int | None = setting(None, ge=1)
+
+
+class WandbConfig(Section):
+    """``auto``: online where a key is found, else offline. It never asks and never stops a run."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = setting("auto")
+    project: str = setting("distill-ray", min_length=1)
+    entity: str | None = setting(None)
+
+
+class TrackingConfig(Section):
+    """Where experiments are logged."""
+
+    wandb: WandbConfig = setting(WandbConfig())
+
+
+class ClusterConfig(Section):
+    """Where Ray runs and what each worker gets. ``auto`` is resolved from what the cluster has."""
+
+    address: str = setting("auto", min_length=1)
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = setting("auto")
+    cpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=1)] = setting("auto")
+    gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = setting("auto")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = setting(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
+    data: DataConfig
+    teacher: TeacherConfig
+    labels: LabelsConfig = setting(LabelsConfig())
+    student: StudentConfig
+    tune: TuneConfig | None = setting(None)
+    tracking: TrackingConfig = setting(TrackingConfig())
+    cluster: ClusterConfig = setting(ClusterConfig())
+
+    @field_validator("name")
+    @classmethod
+    def _not_reserved(cls, value: str) -> str:
+        if value == "artifacts":
+            raise ValueError("'artifacts' is the folder that runs share: choose another name")
+        return value
+
+
+# --- digests --------------------------------------------------------------------------------------------------------
+
+
+def digest_payload(section: BaseModel) -> dict[str, Any]:
+    """The JSON-able part of ``section`` that determines the result, by the rule declared with each key."""
+    payload: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        extra = field.json_schema_extra
+        rule = extra.get("digest", "always") if isinstance(extra, dict) else "always"
+        if rule == "never" or (rule == "not_at_default" and value == field.get_default()):
+            continue
+        payload[name] = digest_payload(value) if isinstance(value, BaseModel) else _plain(value)
+    return payload
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, BaseModel):
+        return digest_payload(value)
+    return value
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, lay ``a.b.c=value`` overrides over it, and validate.
+
+    Raises:
+        UserError: the file cannot be read, is not a YAML mapping, or a key is unknown, mistyped or contradictory.
+    """
+    raw, lines = _read_yaml(Path(path))
+    for override in overrides:
+        parts = _apply_override(raw, override)
+        for depth in range(1, len(parts)):
+            lines.setdefault(parts[:depth], f"override {override}")
+        lines[parts] = f"override {override}"
+    return _absolute_paths(_validate(raw, lines, str(path)))
+
+
+def from_dict(raw: Mapping[str, Any]) -> Config:
+    """Validate a config that is already a dict, as the stages receive it from the driver."""
+    return _absolute_paths(_validate(dict(raw), {}, "config"))
+
+
+def to_dict(config: BaseModel) -> dict[str, Any]:
+    """The config as plain JSON types, with every default filled in."""
+    return config.model_dump(mode="json", by_alias=True)
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """``values`` as safe YAML in the order given."""
+    return yaml.safe_dump(dict(values), sort_keys=False, default_flow_style=None, width=120)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a config file, for editors."""
+    return Config.model_json_schema()
+
+
+Line: TypeAlias = "int | str"
+Lines: TypeAlias = dict[tuple[str, ...], Line]
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice: YAML would keep the last one silently."""
+
+
+def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        key = str(key_node.value)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"config {path}: no such file; ready ones are in tune_configs/") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: cannot be read as text: {error}") from None
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        raw = yaml.load(text, Loader=_UniqueKeyLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"config {path}{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"config {path}: must be a mapping of keys, but the file {'is empty' if raw is None else 'is not'}"
+        )
+    return raw, dict(_key_lines(root, ()))
+
+
+def _key_lines(node: yaml.Node | None, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Line]]:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            path = (*prefix, str(key_node.value))
+            yield path, key_node.start_mark.line + 1
+            yield from _key_lines(value_node, path)
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> tuple[str, ...]:
+    key, equals, text = override.partition("=")
+    parts = tuple(key.split("."))
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: must look like key.subkey=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+    target = raw
+    for depth, part in enumerate(parts[:-1]):
+        child = target.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {'.'.join(parts[: depth + 1])} holds a value, not a section")
+        target = child
+    target[parts[-1]] = value
+    return parts
+
+
+def _validate(raw: dict[str, Any], lines: Lines, source: str) -> Config:
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_one_line(error, raw, lines, source)) from None
+
+
+def _one_line(error: ValidationError, raw: dict[str, Any], lines: Lines, source: str) -> str:
+    # An unknown key explains a missing one (a typo), so it is told first.
+    problems = sorted(error.errors(include_url=False), key=lambda p: p["type"] != "extra_forbidden")
+    first = problems[0]
+    path = _config_path(first["loc"], raw)
+    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    where = f"{source}, line {line}" if isinstance(line, int) else f"{source}, {line}" if line else source
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    name = ".".join(path) or "config"
+    return f"{where}: {name}: {_explain(first, path, raw)}{more}"
+
+
+def _config_path(loc: Sequence[int | str], raw: Any) -> tuple[str, ...]:
+    """The key path as the user wrote it: pydantic's location without the tags of its unions."""
+    path: list[str] = []
+    current = raw
+    for position, item in enumerate(loc):
+        if isinstance(current, dict) and (item in current or position == len(loc) - 1):
+            path.append(str(item))
+            current = current.get(item)
+        elif isinstance(current, list | tuple) and isinstance(item, int):
+            path.append(str(item))
+            current = current[item] if item < len(current) else None
+    return tuple(path)
+
+
+def _explain(problem: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
+    kind, message = problem["type"], str(problem["msg"])
+    if kind == "extra_forbidden":
+        valid = sorted(_valid_keys(path[:-1], raw))
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+        return "unknown key" + (f", did you mean {near[0]!r}?" if near else f"; valid keys: {', '.join(valid)}")
+    if kind == "missing":
+        return "is missing and has no default"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        key = str(problem["ctx"]["discriminator"]).strip("'")
+        tags = [tag.strip(" '") for tag in str(problem["ctx"].get("expected_tags", "")).split(",") if tag.strip()]
+        given = problem["input"].get(key) if isinstance(problem["input"], dict) else problem["input"]
+        near = difflib.get_close_matches(str(given), tags, n=1, cutoff=0.5)
+        hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(tags)}" if tags else ""
+        return f"{key} {given!r} is not known{hint}" if given is not None else f"needs the key {key!r}{hint}"
+    message = message.removeprefix("Value error, ")
+    given = problem["input"]
+    shown = f", got {given!r}" if isinstance(given, str | int | float | bool | None) and "got" not in message else ""
+    return message[0].lower() + message[1:] + shown
+
+
+def _valid_keys(path: Sequence[str], raw: Any) -> set[str]:
+    """Keys that the section at ``path`` accepts, following the tags that the user gave."""
+    sections: list[type[BaseModel]] = [Config]
+    current = raw
+    for part in path:
+        current = current.get(part) if isinstance(current, dict) else None
+        fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+        sections = [model for field in fields for model in _models_of(field)]
+        tagged = [model for model in sections if isinstance(current, dict) and _tag_matches(model, current)]
+        sections = tagged or sections
+    return {name for section in sections for name in section.model_fields}
+
+
+def _models_of(field: FieldInfo | Any) -> list[type[BaseModel]]:
+    annotation = field.annotation if isinstance(field, FieldInfo) else field
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, dict):
+        return [model for arg in get_args(annotation) for model in _models_of(arg)]
+    return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
+
+
+def _tag_matches(model: type[BaseModel], raw: Mapping[str, Any]) -> bool:
+    for key in ("source", "name"):
+        field = model.model_fields.get(key)
+        if field is not None and get_origin(field.annotation) is Literal:
+            return raw.get(key) in get_args(field.annotation)
+    return True
+
+
+def _absolute_paths(config: Config) -> Config:
+    if isinstance(config.data, IdxData) and "://" not in config.data.path:
+        data = config.data.model_copy(update={"path": str(Path(config.data.path).expanduser().resolve())})
+        return config.model_copy(update={"data": data})
+    return config

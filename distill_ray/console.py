@@ -1,0 +1,98 @@
+"""What a person sees: progress on stderr, results on stdout.
+
+On a terminal long work has bars; elsewhere (a log, CI) the same work prints plain lines, at most one every few seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_PLAIN_LINE_EVERY_S = 5.0
+
+
+@dataclass
+class Reporter:
+    """Where progress goes. ``quiet`` silences everything but errors."""
+
+    quiet: bool = False
+    _stderr: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
+    _last_plain: float = 0.0
+
+    def line(self, text: str) -> None:
+        """One line of news."""
+        if not self.quiet:
+            self._stderr.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line that matters even to a quiet run."""
+        self._stderr.print(f"warning: {text}", markup=False)
+
+    @contextmanager
+    def progress(self, description: str, total: float) -> Iterator[Bar]:
+        """A bar for work of ``total`` steps."""
+        if self.quiet or not self._stderr.is_terminal:
+            yield Bar(self, description, total, None, None)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self._stderr, transient=True) as bars:
+            yield Bar(self, description, total, bars, bars.add_task(description, total=total, note=""))
+
+
+@dataclass
+class Bar:
+    """Progress of one piece of work, as a bar or as lines."""
+
+    reporter: Reporter
+    description: str
+    total: float
+    bars: Progress | None
+    task: TaskID | None
+    _last_line: float = 0.0
+
+    def update(self, done: float, note: str = "") -> None:
+        """``done`` of ``total`` steps are finished."""
+        if self.bars is not None and self.task is not None:
+            self.bars.update(self.task, completed=done, note=note)
+        elif time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S or done >= self.total:
+            self._last_line = time.monotonic()
+            self.reporter.line(f"{self.description}: {done:g}/{self.total:g}  {note}")
+
+
+def results_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the results of a run on stdout."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("model")
+    for heading in ("accuracy", "KL to teacher", "agreement", "ECE", "parameters", "bytes", "latency ms", "seconds"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["name"]), _number(row["accuracy"], 4), _number(row["kl_to_teacher"], 4), _number(row["agreement"],
+            4),
+            _number(row["ece"], 4), _number(row["parameters"]), _number(row["bytes"]), _number(row["latency_ms"], 3),
+            _number(row["seconds"], 1),
+        )  # fmt: skip
+    # A log has no width of its own: never fold a row there.
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=140)
+    console.print(table)
+
+
+def _number(value: float | None, digits: int | None = None) -> str:
+    if value is None:
+        return "n/a"
+    return f"{value:,}" if digits is None else f"{value:.{digits}f}"

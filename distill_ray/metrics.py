@@ -1,0 +1,107 @@
+"""What is measured of a model, by torchmetrics; nothing here is a formula of ours."""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import KLDivergence, MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
+
+from distill_ray.precision import autocast
+from distill_ray.store.reader import SplitArrays
+
+ECE_BINS = 15
+_LATENCY_WARMUPS, _LATENCY_RUNS = 20, 200
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, inputs: Tensor, batch_size: int, precision: str, device: torch.device) -> Tensor:
+    """Float32 logits [N, C] of raw ``inputs`` [N, *shape], on the CPU, model in eval mode."""
+    was_training = model.training
+    model.eval()
+    parts = []
+    for start in range(0, len(inputs), batch_size):
+        batch = inputs[start : start + batch_size].to(device)
+        with autocast(precision, device):
+            parts.append(model(batch).float().cpu())
+    model.train(was_training)
+    return torch.cat(parts)
+
+
+def quality(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor | None) -> dict[str, float | None]:
+    """Accuracy, macro F1, cross-entropy and calibration on the labelled rows; KL and agreement with the teacher on all.
+
+    ``kl_to_teacher`` is KL(teacher || model) in nats at temperature 1; ``ece`` has 15 bins.
+    """
+    classes = logits_NC.shape[1]
+    labelled = labels_N >= 0
+    known, targets = logits_NC[labelled], labels_N[labelled]
+    result: dict[str, float | None] = {"accuracy": None, "macro_f1": None, "ce": None, "ece": None}
+    if len(targets):
+        result["accuracy"] = float(MulticlassAccuracy(classes, average="micro", sync_on_compute=False)(known, targets))
+        result["macro_f1"] = float(MulticlassF1Score(classes, average="macro", sync_on_compute=False)(known, targets))
+        result["ce"] = float(F.cross_entropy(known, targets))
+        ece = MulticlassCalibrationError(classes, n_bins=ECE_BINS, sync_on_compute=False)
+        result["ece"] = float(ece(known.softmax(dim=1), targets))
+    result.update(kl_to_teacher=None, agreement=None)
+    if teacher_NC is not None:
+        teacher_log, model_log = teacher_NC.float().log_softmax(dim=1), logits_NC.log_softmax(dim=1)
+        result["kl_to_teacher"] = max(
+            0.0, float(KLDivergence(log_prob=True, sync_on_compute=False)(teacher_log, model_log))
+        )
+        agreement = MulticlassAccuracy(classes, average="micro", sync_on_compute=False)
+        result["agreement"] = float(agreement(logits_NC, teacher_NC.argmax(dim=1)))
+    return result
+
+
+class ValidationMetrics:
+    """Accuracy and cross-entropy over batches; under data parallelism all workers get the whole."""
+
+    def __init__(self, classes: int, device: torch.device, world_size: int) -> None:
+        sync = world_size > 1
+        self._accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=-1, sync_on_compute=sync).to(device)
+        self._ce = MeanMetric(sync_on_compute=sync).to(device)
+
+    def update(self, logits_BC: Tensor, labels_B: Tensor) -> None:
+        """Add a batch; unlabelled rows (-1) do not count."""
+        known = labels_B >= 0
+        self._accuracy.update(logits_BC, labels_B)
+        losses_B = F.cross_entropy(logits_BC, labels_B, ignore_index=-1, reduction="none")
+        self._ce.update(losses_B[known])
+
+    def compute(self) -> dict[str, float]:
+        """Over all rows of all workers."""
+        return {"validation_accuracy": float(self._accuracy.compute()), "validation_ce": float(self._ce.compute())}
+
+
+def evaluate(
+    model: nn.Module, rows: SplitArrays, batch_size: int, precision: str, device: torch.device
+) -> dict[str, float | None]:
+    """``quality`` of ``model`` on a split; against the split's stored teacher logits where it has them."""
+    logits = logits_of(model, torch.from_numpy(rows.inputs), batch_size, precision, device)
+    teacher = None if rows.logits is None else torch.from_numpy(rows.logits)
+    return quality(logits, torch.from_numpy(rows.labels), teacher)
+
+
+@torch.inference_mode()
+def latency_ms(model: nn.Module, example: Tensor, device: torch.device) -> float:
+    """Median time of one row's forward pass in fp32, on one thread. ``example`` is [1, *shape]."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    model.eval()
+    example = example.to(device)
+    times = []
+    try:
+        for _ in range(_LATENCY_WARMUPS + _LATENCY_RUNS):
+            start = time.perf_counter()
+            model(example)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return median(times[_LATENCY_WARMUPS:]) * 1000

@@ -1,0 +1,76 @@
+"""A trained model on disk: ``model.safetensors`` (weights) and ``model.json`` (everything needed to rebuild it)."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from distill_ray.config import InputConfig, ModelConfig
+from distill_ray.errors import UserError
+from distill_ray.models.classifier import Classifier, build_classifier
+from distill_ray.storage import Folder
+
+WEIGHTS_FILE, SPEC_FILE = "model.safetensors", "model.json"
+
+
+class ModelSpec(BaseModel):
+    """What model.json holds."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    format_version: Literal[1] = 1
+    model: ModelConfig
+    input: InputConfig
+    shape: tuple[int, ...]
+    dtype: str
+    classes: int
+    class_names: tuple[str, ...]
+
+    def build(self, *, key: str = "model") -> Classifier:
+        """An untrained classifier of this kind."""
+        return build_classifier(self.model, self.input, self.shape, self.classes, key=key)
+
+
+def save_model(folder: Folder, spec: ModelSpec, weights: dict[str, torch.Tensor]) -> str:
+    """Write both files; returns the sha256 of the weights. ``weights`` is the state dict of ``Classifier.net``."""
+    data = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    folder.write_bytes(WEIGHTS_FILE, data)
+    folder.write_text(SPEC_FILE, spec.model_dump_json(indent=2) + "\n")
+    return hashlib.sha256(data).hexdigest()
+
+
+def load_model(folder: str | Folder, *, expected_sha256: str | None = None) -> Classifier:
+    """The trained model of a teacher's or student's folder, in eval mode, on the CPU, taking raw rows.
+
+    Args:
+        folder: a stage folder such as ``runs/artifacts/student-<digest>``, by path or URI.
+        expected_sha256: refuse other weights than these.
+
+    Raises:
+        UserError: a file is missing or damaged, or the weights do not fit model.json.
+    """
+    place = folder if isinstance(folder, Folder) else Folder.at(folder)
+    try:
+        spec = ModelSpec.model_validate_json(place.read_bytes(SPEC_FILE))
+        data = place.read_bytes(WEIGHTS_FILE)
+    except FileNotFoundError as error:
+        raise UserError(f"{place}: holds no trained model ({error.filename or WEIGHTS_FILE} is missing)") from None
+    except ValidationError as error:
+        raise UserError(f"{place.location(SPEC_FILE)}: {error.errors()[0]['msg']}: the file is damaged") from None
+    if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
+        raise UserError(
+            f"{place.location(WEIGHTS_FILE)}: sha256 is {found[:16]}..., expected {expected_sha256[:16]}..."
+        )
+    classifier = spec.build()
+    try:
+        classifier.net.load_state_dict(load_tensors(data))
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{place.location(WEIGHTS_FILE)}: does not fit {SPEC_FILE}: {reason}") from None
+    return classifier.eval()

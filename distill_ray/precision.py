@@ -1,0 +1,39 @@
+"""Which arithmetic a model runs in, resolved from what the hardware has."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from distill_ray.config import PrecisionName
+from distill_ray.errors import UserError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve(precision: PrecisionName, device: torch.device) -> str:
+    """``auto`` becomes bf16 where the device computes in it natively, else fp32.
+
+    Raises:
+        UserError: fp16 without a GPU.
+    """
+    if precision == "fp16" and device.type != "cuda":
+        raise UserError("precision fp16 needs a GPU: use auto, bf16 or fp32")
+    if precision != "auto":
+        return precision
+    return "bf16" if has_native_bf16(device) else "fp32"
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether bf16 is computed natively, not emulated: AVX-512 BF16 or AMX on CPUs, Ampere or later on GPUs."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private in torch 2.13; absent: fp32, always right
+    return bool(probe and probe())
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """A context in which matrix products run in ``precision``."""
+    dtype = _DTYPES.get(precision)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

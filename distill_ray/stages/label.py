@@ -1,0 +1,179 @@
+"""label: the teacher's logits for every row, streamed through a pool of Ray Data actors into the label store."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distill_ray import __version__, artifacts, runtime
+from distill_ray.artifacts import Stage
+from distill_ray.config import Config, digest_payload
+from distill_ray.errors import RunError
+from distill_ray.stages import prepare, teacher
+from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
+from distill_ray.stages.shard_job import ShardPlan, keep_finished, run_shards, sweep_orphans
+from distill_ray.storage import Folder
+from distill_ray.store import LabelManifest, ShardRecord, open_store
+from distill_ray.store import manifest as manifests
+
+_CHECK_ROWS = 512  # of the first training shard, run in fp32 beside the resolved precision
+
+
+def run(context: Context) -> Stage:
+    """The finished label store of the config."""
+    data = prepare.run(context)
+    model = teacher.run(context)
+    target = locate(context.config, context.out, data, model)
+    return context.once("label", target, prepare.store_is_whole, lambda: _make(context, data, model, target))
+
+
+def locate(config: Config, out: Folder, data: Stage, model: Stage) -> Stage:
+    """The folder of this config's labels. The teacher's very weights are part of it: labels of others do not count."""
+    payload = {
+        "config": digest_payload(config.labels), "data": data.digest, "teacher": model.digest, "weights":
+        weights_sha256(model),
+    }  # fmt: skip
+    return artifacts.stage(out, "labels", payload)
+
+
+def weights_sha256(model: Stage) -> str:
+    """The checksum of a finished model's weights."""
+    summary = model.finished()
+    if summary is None:
+        raise RunError(f"{model.folder}: is not finished")
+    return str(summary["weights_sha256"])
+
+
+def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
+    source = open_store(data.folder)
+    plans = [
+        ShardPlan(shard.split, shard.index, shard.first_id, shard.rows, {"record": shard.model_dump()})
+        for shard in source.manifest.shards
+    ]
+    records, todo = keep_finished(target.folder, plans)
+    nodes = context.session.start()
+    placement = runtime.labelling_placement(context.config.cluster, nodes, max(1, len(todo)))
+    arguments: dict[str, Any] = {"teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri}
+    check = _resolve(context, target, arguments, placement)
+    write_stage_config(target, config_section(context.config, "labels"), {"precision": check["precision"]})
+    arguments |= {
+        "folder": target.folder.uri, "precision": check["precision"], "threads": placement.cpus,
+        "batch_size": context.config.labels.batch_size,
+    }  # fmt: skip
+    started = time.perf_counter()
+    fresh = _stream(context, todo, sum(r.rows for r in records), source.manifest.rows, arguments, placement)
+    seconds = time.perf_counter() - started
+    records = [*records, *fresh]
+    if sum(record.rows for record in records) != source.manifest.rows:
+        raise RunError(
+            f"label: {sum(r.rows for r in records)} rows were labelled, the data store has {source.manifest.rows}"
+        )
+    manifest = LabelManifest(
+        digest=target.digest, code_version=__version__, classes=source.manifest.classes,
+        class_names=source.manifest.class_names, splits=manifests.split_records(records), data_digest=data.digest,
+        teacher_digest=model.digest, teacher_weights_sha256=weights_sha256(model), precision=check["precision"],
+        precision_check={key: check[key] for key in ("rows", "top1_agreement", "kl", "max_abs_difference")},
+    )  # fmt: skip
+    manifests.write(target.folder, manifest)
+    sweep_orphans(target.folder, manifest)
+    _log(context, target, manifest, {"label_seconds": seconds, "label_rows": sum(r.rows for r in fresh)})
+
+
+def _stream(
+    context: Context,
+    todo: Sequence[ShardPlan],
+    done: int,
+    total: int,
+    arguments: Mapping[str, Any],
+    placement: runtime.Placement,
+) -> list[ShardRecord]:
+    records: list[ShardRecord] = []
+    items = [plan.item(record=plan.payload["record"]) for plan in todo]
+    with context.reporter.progress("label", total) as bar:
+        bar.update(done, "rows")
+        started, before = time.perf_counter(), done
+        for record in run_shards("label", items, Labeller, arguments, placement):
+            records.append(record)
+            done += record.rows
+            bar.update(done, f"rows  {(done - before) / (time.perf_counter() - started):,.0f} rows/s")
+    return records
+
+
+def _resolve(
+    context: Context, target: Stage, arguments: dict[str, Any], placement: runtime.Placement
+) -> dict[str, Any]:
+    """Resolve the precision where the labelling will run, and compare it with fp32 on a sample."""
+    import ray
+
+    task = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=3)(check_precision)
+    try:
+        answer: dict[str, Any] = ray.get(task.remote(target.folder, context.config.labels.precision, **arguments))
+    except Exception as error:
+        raise runtime.as_run_error("label", error) from error
+    return answer
+
+
+def check_precision(folder: Folder, asked: Any, teacher: str, weights: str, data: str) -> dict[str, Any]:
+    """Runs on a worker: the resolved precision, and its agreement with fp32 and KL(fp32 || resolved) on a sample."""
+    import torch
+    from torchmetrics import KLDivergence
+    from torchmetrics.classification import MulticlassAccuracy
+
+    from distill_ray.metrics import logits_of
+    from distill_ray.models import load_model
+    from distill_ray.stages import model_folder
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    resolved = model_folder.resolve_precision(folder, asked, device)
+    model = load_model(Folder(teacher), expected_sha256=weights).to(device)
+    store = open_store(Folder(data))
+    inputs = store.data_shard(store.manifest.splits["train"].shards[0]).inputs[:_CHECK_ROWS]
+    rows = torch.from_numpy(inputs.copy())  # the shard is mapped read-only
+    exact, used = (logits_of(model, rows, _CHECK_ROWS, p, device) for p in ("fp32", resolved))
+    agreement = MulticlassAccuracy(store.manifest.classes, average="micro", sync_on_compute=False)
+    kl = KLDivergence(log_prob=True, sync_on_compute=False)
+    shift = (exact - exact.max(1, keepdim=True).values) - (used - used.max(1, keepdim=True).values)
+    return {
+        "precision": resolved, "rows": float(len(rows)), "top1_agreement": float(agreement(used, exact.argmax(1))),
+        "kl": max(0.0, float(kl(exact.log_softmax(1), used.log_softmax(1)))), "max_abs_difference":
+        float(shift.abs().max()),
+    }  # fmt: skip
+
+
+class Labeller:
+    """A labelling actor: holds the teacher, turns one data shard at a time into its label shard."""
+
+    def __init__(
+        self, teacher: str, weights: str, data: str, folder: str, precision: str, threads: int, batch_size: int
+    ) -> None:
+        import torch
+
+        from distill_ray.models import load_model
+
+        torch.set_num_threads(threads)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)
+        self._data, self._folder = open_store(Folder(data)), Folder(folder)
+        self._precision, self._batch_size = precision, batch_size
+
+    def __call__(self, item: Mapping[str, Any]) -> ShardRecord:
+        """Read, infer, write; the record of the written shard."""
+        import torch
+
+        from distill_ray.metrics import logits_of
+        from distill_ray.store import shards
+
+        record = ShardRecord.model_validate(item["record"])
+        rows = self._data.data_shard(record)
+        inputs = torch.from_numpy(rows.inputs.copy())  # the shard is mapped read-only
+        logits = logits_of(self._model, inputs, self._batch_size, self._precision, self._device)
+        batch = shards.encode_logits(rows.row_ids, logits.numpy())
+        return shards.write(self._folder, record.split, record.index, batch)
+
+
+def _log(context: Context, target: Stage, manifest: LabelManifest, measured: Mapping[str, float]) -> None:
+    key = target.folder.name
+    config = config_section(context.config, "labels") | {"digest": target.digest, "teacher": manifest.teacher_digest}
+    context.tracker.start(key, run_id=tracking_id(target.folder), name=key, job_type="label", config=config)
+    context.tracker.finish(key, {"rows": manifest.rows, **manifest.precision_check, **measured})

@@ -1,0 +1,112 @@
+"""What teacher and student folders share: resolving ``auto``, finishing with test metrics, and following progress."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import yaml
+
+from distill_ray import metrics, precision
+from distill_ray.artifacts import Stage
+from distill_ray.checkpoints import History
+from distill_ray.config import PrecisionName
+from distill_ray.models import ModelSpec, load_model
+from distill_ray.models.classifier import count_parameters
+from distill_ray.models.saved import WEIGHTS_FILE
+from distill_ray.stages.context import CONFIG_FILE
+from distill_ray.storage import Folder
+from distill_ray.store import DataManifest, SplitArrays
+from distill_ray.training import METRICS_FILE, FitResult
+
+SUMMARY_FILE = "summary.json"
+_EVALUATION_BATCH = 512
+
+
+def is_whole(target: Stage) -> bool:
+    """Whether the folder is finished and its weights are there in their size."""
+    summary = target.finished()
+    return summary is not None and target.folder.size(WEIGHTS_FILE) == summary.get("bytes")
+
+
+def model_spec(data: DataManifest, model: Any) -> ModelSpec:
+    """``model`` for the inputs and classes of this data store."""
+    return ModelSpec(
+        model=model,
+        input=data.input,
+        shape=data.shape,
+        dtype=data.dtype,
+        classes=data.classes,
+        class_names=data.class_names,
+    )
+
+
+def resolve_precision(folder: Folder, asked: PrecisionName, device: torch.device) -> str:
+    """The precision that this folder was started with; at its first start, what ``asked`` means on this device."""
+    try:
+        recorded = yaml.safe_load(folder.read_bytes(CONFIG_FILE))["resolved"]["precision"]
+    except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError):
+        return precision.resolve(asked, device)
+    return str(recorded)
+
+
+def finish(folder: Folder, result: FitResult, test: SplitArrays, device: torch.device, extra: dict[str, Any]) -> None:
+    """Evaluate the saved model once on the test split, in fp32, measure its latency, and write ``summary.json``.
+
+    The model is loaded back from its files: what is measured is what ``load_model`` gives to a user.
+    """
+    model = load_model(folder, expected_sha256=result.weights_sha256).to(device)
+    quality = metrics.evaluate(model, test, _EVALUATION_BATCH, "fp32", device)
+    latency = metrics.latency_ms(model, torch.from_numpy(test.inputs[:1]), device)
+    best = result.history[result.best_epoch - 1]
+    summary = {
+        **quality,
+        "parameters": count_parameters(model),
+        "bytes": folder.size(WEIGHTS_FILE),
+        "latency_ms": latency,
+        "latency_of": f"1 row, fp32, 1 thread, {device.type}",
+        "seconds": sum(row["train_seconds"] + row["validation_seconds"] for row in result.history),
+        "epochs": len(result.history),
+        "best_epoch": result.best_epoch,
+        "validation_accuracy": best["validation_accuracy"],
+        "test_rows": len(test),
+        "weights_sha256": result.weights_sha256,
+        **extra,
+    }
+    folder.write_json(SUMMARY_FILE, summary)
+
+
+class Follower:
+    """Reads the lines that training adds to ``metrics.jsonl`` of a folder, wherever the worker is."""
+
+    def __init__(self, folder: Folder, on_row: Callable[[dict[str, float]], None]) -> None:
+        self._folder, self._on_row = folder, on_row
+        self._seen = len(read_history(folder))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs seen so far, those of earlier starts included."""
+        return self._seen
+
+    def poll(self) -> None:
+        """Hand on the rows that are new since the last call."""
+        history = read_history(self._folder)
+        for row in history[self._seen :]:
+            self._on_row(row)
+        self._seen = max(self._seen, len(history))
+
+
+def read_history(folder: Folder) -> History:
+    """The finished epochs of a folder, empty where training has not begun."""
+    try:
+        return [json.loads(line) for line in folder.read_bytes(METRICS_FILE).decode().splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def epoch_note(row: dict[str, float]) -> str:
+    """An epoch in a few words, for progress lines."""
+    loss, accuracy, speed = row["train_loss"], row["validation_accuracy"], row["rows_per_s"]
+    return f"epochs  loss {loss:.4f}  validation accuracy {accuracy:.4f}  {speed:,.0f} rows/s"

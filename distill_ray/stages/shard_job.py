@@ -1,0 +1,134 @@
+"""What prepare and label share: a store is written shard by shard through Ray Data, and a killed job continues.
+
+One item a shard, so that blocks are ours rather than inferred from bytes; a worker writes its shard and emits only the
+shard's manifest record. The shards' names are the ledger: each carries the checksum of its content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill_ray import runtime
+from distill_ray.errors import UserError
+from distill_ray.storage import Folder
+from distill_ray.store import ShardRecord, shards
+from distill_ray.store.manifest import SHARD_NAME, StoreManifest
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """A shard to be written: ``rows`` rows with ids from ``first_id`` on."""
+
+    split: str
+    index: int
+    first_id: int
+    rows: int
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+    def item(self, **more: Any) -> dict[str, Any]:
+        """The Ray Data item of this shard."""
+        return {"split": self.split, "index": self.index, "first_id": self.first_id, **more}
+
+    def matches(self, record: ShardRecord) -> bool:
+        """Whether ``record`` is this very shard."""
+        last_id = self.first_id + self.rows - 1
+        return (record.first_id, record.last_id, record.rows) == (self.first_id, last_id, self.rows)
+
+
+def keep_finished(folder: Folder, plans: Sequence[ShardPlan]) -> tuple[list[ShardRecord], list[ShardPlan]]:
+    """Divide the plans into those whose whole shard an earlier, killed job left in the folder, and the rest."""
+    folder.sweep_temporaries()
+    left: dict[tuple[str, int], list[str]] = {}
+    for name in folder.names():
+        if match := SHARD_NAME.match(name):
+            left.setdefault((match["split"], int(match["index"])), []).append(name)
+    records: list[ShardRecord] = []
+    todo: list[ShardPlan] = []
+    for plan in plans:
+        found = _whole_shard(folder, left.get((plan.split, plan.index), []), plan)
+        if found is None:
+            todo.append(plan)
+        else:
+            records.append(found)
+    return records, todo
+
+
+def _whole_shard(folder: Folder, names: Sequence[str], plan: ShardPlan) -> ShardRecord | None:
+    for name in names:
+        try:
+            record = shards.recover(folder, name)
+        except UserError:
+            continue
+        if record is not None and plan.matches(record):
+            return record
+    return None
+
+
+def run_shards(
+    stage: str,
+    items: Sequence[Mapping[str, Any]],
+    work: Callable[..., ShardRecord] | type,
+    arguments: Mapping[str, Any],
+    placement: runtime.Placement | None = None,
+) -> Iterator[ShardRecord]:
+    """Stream the items through ``work`` on the cluster and yield each shard's record as it is finished.
+
+    ``work`` is a function ``(item, arguments) -> record`` run as tasks, or a class run as a pool of actors placed by
+    ``placement``, made with ``arguments`` and called with an item.
+
+    Raises:
+        UserError, RunError: what the work raised in its process.
+    """
+    if not items:
+        return
+    import ray.data
+
+    options = ray.data.DataContext.get_current()
+    options.enable_progress_bars = False
+    options.print_on_execution_start = False
+    dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
+    if placement is None:
+        rows = dataset.map(_Task(work, arguments), num_cpus=1)
+    else:
+        pool = ray.data.ActorPoolStrategy(size=placement.workers)
+        rows = dataset.map(
+            _Actor, fn_constructor_args=(work, dict(arguments)), compute=pool, num_cpus=placement.cpus,
+            num_gpus=placement.gpus or None,
+        )  # fmt: skip
+    try:
+        for row in rows.iter_rows():
+            yield ShardRecord.model_validate_json(row["record"])
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise runtime.as_run_error(stage, error) from error
+
+
+class _Task:
+    """A function over items, as Ray Data tasks."""
+
+    def __init__(self, work: Callable[..., ShardRecord], arguments: Mapping[str, Any]) -> None:
+        self._work, self._arguments = work, arguments
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+        return {"record": self._work(item, self._arguments).model_dump_json()}
+
+
+class _Actor:
+    """A class over items, one instance an actor."""
+
+    def __init__(self, work: type, arguments: Mapping[str, Any]) -> None:
+        self._work = work(**arguments)
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, str]:
+        return {"record": self._work(item).model_dump_json()}
+
+
+def sweep_orphans(folder: Folder, manifest: StoreManifest) -> None:
+    """Delete shards that the manifest does not name: leftovers of killed or superseded writers."""
+    named = {record.file for record in manifest.shards}
+    for name in folder.names():
+        if SHARD_NAME.match(name) and name not in named:
+            folder.delete(name)

@@ -1,0 +1,222 @@
+"""student: fit() from the two stores, for every seed, with the CE-only control beside it. No teacher in the process.
+
+Students of one worker are Ray tasks side by side; each is finished (test metrics, latency) alone, one after the other,
+so that no latency is measured while another model trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distill_ray import artifacts, runtime
+from distill_ray.artifacts import Stage
+from distill_ray.config import CeLoss, Config, KdLoss, digest_payload, from_dict, to_dict
+from distill_ray.stages import label, prepare
+from distill_ray.stages.context import Context, Outcome, tracking_id, write_stage_config
+from distill_ray.storage import Folder
+
+_POLL_S = 0.3
+_MAX_RETRIES = 3  # of a task whose worker or node died; it continues from the last epoch
+
+Role = Literal["student", "control"]
+
+
+@dataclass(frozen=True)
+class Student:
+    """One model to train: the config's student with this loss and seed, and its folder."""
+
+    role: Role
+    loss: CeLoss | KdLoss
+    seed: int
+    stage: Stage
+
+    @property
+    def title(self) -> str:
+        """For tables: what distinguishes it from its neighbours."""
+        if isinstance(self.loss, KdLoss):
+            return f"student kd T={self.loss.temperature:g} alpha={self.loss.alpha:g}, seed {self.seed}"
+        return f"{'control' if self.role == 'control' else 'student'} ce, seed {self.seed}"
+
+
+def run(context: Context) -> list[Student]:
+    """The finished students of the config and their CE-only controls, seed by seed."""
+    data, labels = prepare.run(context), label.run(context)
+    wanted = students_of(context.config, context.out, data, labels)
+    _make_all(context, data, labels, wanted)
+    return wanted
+
+
+def students_of(config: Config, out: Folder, data: Stage, labels: Stage) -> list[Student]:
+    """What the config asks for. A student whose own loss is ``ce`` is its own control."""
+    wanted: list[Student] = []
+    for seed in config.student.seeds:
+        losses: list[tuple[Role, CeLoss | KdLoss]] = [("student", config.student.loss)]
+        if not isinstance(config.student.loss, CeLoss):
+            losses.append(("control", CeLoss(name="ce")))
+        wanted += [Student(role, loss, seed, locate(config, out, data, labels, loss, seed)) for role, loss in losses]
+    return wanted
+
+
+def locate(config: Config, out: Folder, data: Stage, labels: Stage, loss: CeLoss | KdLoss, seed: int) -> Stage:
+    """The folder of one student, finished or not."""
+    section = digest_payload(config.student) | {"loss": digest_payload(loss)}
+    return artifacts.stage(
+        out, "student", {"config": section, "seed": seed, "data": data.digest, "labels": labels.digest}
+    )
+
+
+def _make_all(context: Context, data: Stage, labels: Stage, wanted: Sequence[Student]) -> None:
+    from distill_ray.stages import model_folder
+
+    todo = [student for student in wanted if not model_folder.is_whole(student.stage)]
+    with ExitStack() as locks:
+        for student in sorted(todo, key=lambda s: s.stage.digest):  # one order everywhere: two runs cannot deadlock
+            locks.enter_context(artifacts.exclusive(student.stage, context.reporter.line))
+        todo = [student for student in todo if not model_folder.is_whole(student.stage)]
+        if todo:
+            _train_and_finish(context, data, labels, todo, len(wanted))
+    for student in wanted:
+        if student.stage.digest not in context.outcomes:
+            context.reused("student", student.stage, student.role, student.seed)
+
+
+def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequence[Student], wanted: int) -> None:
+    import ray
+
+    from distill_ray.stages import model_folder
+    from distill_ray.store import open_store
+
+    context.announce_ray()
+    model_folder.model_spec(open_store(data.folder).data_manifest, context.config.student.model).build(
+        key="student.model"
+    )
+    placement = runtime.student_placement(context.config.cluster, context.session.start(), wanted)
+    options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_retries": _MAX_RETRIES}
+    jobs = {student.stage.digest: _job(context.config, data, labels, student, placement) for student in todo}
+    try:
+        fit_task = ray.remote(**options)(train_student)
+        running = {fit_task.remote(jobs[student.stage.digest]): student for student in todo}
+        _follow(context, running)
+        finish_task = ray.remote(**options)(finish_student)
+        for student in todo:  # one at a time: latency is measured alone
+            seconds = ray.get(finish_task.remote(jobs[student.stage.digest]))
+            _record(context, student, seconds)
+    except Exception as error:
+        raise runtime.as_run_error("student", error) from error
+
+
+def _job(config: Config, data: Stage, labels: Stage, student: Student, placement: runtime.Placement) -> dict[str, Any]:
+    return {
+        "config": to_dict(config), "data": data.folder.uri, "labels": labels.folder.uri, "seed": student.seed,
+        "loss": to_dict(student.loss), "stage": [student.stage.name, student.stage.digest, student.stage.folder.uri],
+        "threads": placement.cpus,
+    }  # fmt: skip
+
+
+def _follow(context: Context, running: Mapping[Any, Student]) -> None:
+    """Wait for the tasks, showing and logging each finished epoch."""
+    import ray
+
+    epochs = context.config.student.train.epochs
+    with context.reporter.progress("students", epochs * len(running)) as bar:
+        followers = [_follower(context, student, bar) for student in running.values()]
+        pending = list(running)
+        while pending:
+            done, pending = ray.wait(pending, timeout=_POLL_S)
+            for follower in followers:
+                follower.poll()
+            bar.update(
+                sum(follower.epochs for follower in followers), f"epochs  {len(pending)} of {len(running)} training"
+            )
+            ray.get(done)  # raises what the task raised; the others are cancelled with the session
+
+
+def _follower(context: Context, student: Student, bar: Any) -> Any:
+    from distill_ray.stages import model_folder
+
+    key = student.stage.folder.name
+    section = to_dict(context.config.student) | {
+        "loss": to_dict(student.loss),
+        "seed": student.seed,
+        "role": student.role,
+    }
+    context.tracker.start(
+        key, run_id=tracking_id(student.stage.folder), name=student.title, job_type=student.role, config=section
+    )
+    return model_folder.Follower(student.stage.folder, lambda row: context.tracker.log(key, row))
+
+
+def _record(context: Context, student: Student, finish_seconds: float) -> None:
+    summary = student.stage.finished() or {}
+    seconds = round(float(summary["seconds"]) + finish_seconds, 3)
+    folder = str(student.stage.folder)
+    context.outcomes[student.stage.digest] = Outcome("student", folder, seconds, "ran", student.role, student.seed)
+    context.tracker.finish(student.stage.folder.name, summary)
+    context.reporter.line(
+        f"student: {student.stage.folder.name} ({student.title}): test accuracy {summary['accuracy']:.4f}"
+    )
+
+
+def train_student(job: Mapping[str, Any]) -> None:
+    """Runs in a Ray task: train one student to its last epoch, from wherever its folder stands."""
+    from distill_ray.store import open_store, read_split
+    from distill_ray.training import Worker, fit
+
+    config, target, device = _unpack(job)
+    spec = _fit_spec(job, config, target, device)
+    where = {"precision": spec.precision, "threads": job["threads"], "device": device.type}
+    section = to_dict(config.student) | {"loss": job["loss"], "seed": job["seed"]}
+    write_stage_config(target, section, where)
+    data, labels = open_store(Folder(job["data"])), open_store(Folder(job["labels"]))
+    splits = [read_split(data, split, labels) for split in ("train", "validation")]
+    fit(spec, splits[0], splits[1], target.folder, Worker(threads=job["threads"], device=device))
+
+
+def finish_student(job: Mapping[str, Any]) -> float:
+    """Runs in a Ray task, alone: test metrics and latency of a trained student; returns the seconds it took."""
+    import time
+
+    from distill_ray.stages import model_folder
+    from distill_ray.store import open_store, read_split
+    from distill_ray.training import Worker, fit
+
+    started = time.perf_counter()
+    config, target, device = _unpack(job)
+    spec = _fit_spec(job, config, target, device)
+    data, labels = open_store(Folder(job["data"])), open_store(Folder(job["labels"]))
+    train, validation, test = (read_split(data, split, labels) for split in ("train", "validation", "test"))
+    # Every epoch is done: this exports the best checkpoint again and returns what it is.
+    result = fit(spec, train, validation, target.folder, Worker(threads=job["threads"], device=device))
+    assert result is not None
+    extra = {
+        "precision": spec.precision, "seed": job["seed"], "loss": job["loss"],
+        "data_digest": data.data_manifest.digest, "labels_digest": labels.label_manifest.digest,
+        "teacher_digest": labels.label_manifest.teacher_digest,
+    }  # fmt: skip
+    model_folder.finish(target.folder, result, test, device, extra)
+    return time.perf_counter() - started
+
+
+def _unpack(job: Mapping[str, Any]) -> tuple[Config, Stage, Any]:
+    import torch
+
+    name, digest, uri = job["stage"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return from_dict(job["config"]), Stage(name, digest, Folder(uri)), device
+
+
+def _fit_spec(job: Mapping[str, Any], config: Config, target: Stage, device: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    from distill_ray.config import LossConfig
+    from distill_ray.stages import model_folder
+    from distill_ray.store import open_store
+    from distill_ray.training import FitSpec
+
+    resolved = model_folder.resolve_precision(target.folder, config.student.train.precision, device)
+    model = model_folder.model_spec(open_store(Folder(job["data"])).data_manifest, config.student.model)
+    loss: CeLoss | KdLoss = TypeAdapter(LossConfig).validate_python(job["loss"])
+    return FitSpec(model, config.student.train, loss, job["seed"], resolved)

@@ -1,0 +1,190 @@
+"""teacher: data store -> trained teacher, data-parallel through Ray Train (gloo on CPUs, NCCL on GPUs)."""
+
+from __future__ import annotations
+
+import secrets
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+from distill_ray import artifacts, runtime
+from distill_ray.artifacts import Stage
+from distill_ray.config import CeLoss, Config, digest_payload, from_dict, to_dict
+from distill_ray.errors import DistillRayError, RunError, UserError
+from distill_ray.stages import prepare
+from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
+from distill_ray.storage import Folder
+
+_FAILURE_FILE = "failure.json"
+_POLL_S = 0.3
+_MAX_RESTARTS = 3  # of the worker group, after a lost worker or node; each continues from the last epoch
+
+
+def run(context: Context) -> Stage:
+    """The finished teacher of the config."""
+    from distill_ray.stages import model_folder
+
+    data = prepare.run(context)
+    target = locate(context.config, context.out, data)
+    return context.once("teacher", target, model_folder.is_whole, lambda: _make(context, data, target))
+
+
+def locate(config: Config, out: Folder, data: Stage) -> Stage:
+    """The folder of this config's teacher, finished or not."""
+    return artifacts.stage(out, "teacher", {"config": digest_payload(config.teacher), "data": data.digest})
+
+
+def _make(context: Context, data: Stage, target: Stage) -> None:
+    from distill_ray.stages import model_folder
+    from distill_ray.store import open_store
+
+    nodes = context.session.start()
+    placement = runtime.training_placement(context.config.cluster, nodes)
+    spec = model_folder.model_spec(open_store(data.folder).data_manifest, context.config.teacher.model)
+    spec.build(key="teacher.model")  # refuses a network that does not fit the data before any worker starts
+    arguments: dict[str, Any] = {
+        "config": to_dict(context.config),
+        "data": data.folder.uri,
+        "stage": [target.name, target.digest, target.folder.uri],
+        "threads": placement.cpus,
+        "attempt": secrets.token_hex(8),
+    }
+    key = target.folder.name
+    section = config_section(context.config, "teacher")
+    run_id = tracking_id(target.folder)
+    context.tracker.start(key, run_id=run_id, name=key, job_type="teacher", config=section | {"digest": target.digest})
+    epochs = context.config.teacher.train.epochs
+    with context.reporter.progress("teacher", epochs) as bar:
+
+        def on_row(row: dict[str, float]) -> None:
+            bar.update(row["epoch"], model_folder.epoch_note(row))
+            context.tracker.log(key, row)
+
+        follower = model_folder.Follower(target.folder, on_row)
+        bar.update(follower.epochs)
+        _train(arguments, placement, follower)
+    failure = _failure_of(target.folder, arguments["attempt"])
+    target.folder.delete(_FAILURE_FILE)
+    if failure is not None:
+        raise failure
+    context.tracker.finish(key, target.folder.read_json(target.marker))
+
+
+def _train(arguments: dict[str, Any], placement: runtime.Placement, follower: Any) -> None:
+    """Run the trainer in a thread, so that this one follows its progress and keeps Ctrl-C for itself."""
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            _fit_with_ray_train(arguments, placement)
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        follower.poll()
+    if failure:
+        raise runtime.as_run_error("teacher", failure[0]) from failure[0]
+
+
+def _fit_with_ray_train(arguments: dict[str, Any], placement: runtime.Placement) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    # fit() owns the checkpoints; Ray Train's own state is scratch, so that a reused name can never resume stale state.
+    with tempfile.TemporaryDirectory(prefix="distill-ray-train-") as scratch:
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config=arguments,
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=placement.workers, use_gpu=bool(placement.gpus), resources_per_worker=placement.resources()
+            ),
+            run_config=ray.train.RunConfig(
+                name=Path(scratch).name, storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=_MAX_RESTARTS),
+            ),
+        )  # fmt: skip
+        trainer.fit()
+
+
+def _train_worker(arguments: dict[str, Any]) -> None:
+    """Runs in each Ray Train worker.
+
+    Ray Train restarts a group after any exception, also after one that will come again (a diverging loss, a damaged
+    shard). So our own errors are written down and end the worker in peace; a group that was restarted because a peer
+    ended so finds the note and ends too.
+    """
+    folder = Folder(arguments["stage"][2])
+    if _failure_of(folder, arguments["attempt"]) is not None:
+        return
+    try:
+        _train_in_worker(arguments)
+    except DistillRayError as error:
+        note = {"attempt": arguments["attempt"], "exit_code": error.exit_code, "message": str(error)}
+        folder.write_json(_FAILURE_FILE, note)
+
+
+def _failure_of(folder: Folder, attempt: str) -> DistillRayError | None:
+    try:
+        note = folder.read_json(_FAILURE_FILE)
+    except (FileNotFoundError, ValueError):
+        return None
+    if note["attempt"] != attempt:
+        return None
+    kind = UserError if note["exit_code"] == UserError.exit_code else RunError
+    return kind(f"teacher: {note['message']}")
+
+
+def _train_in_worker(arguments: dict[str, Any]) -> None:
+    import ray.train
+    import ray.train.torch
+
+    from distill_ray.stages import model_folder
+    from distill_ray.store import open_store, read_split
+    from distill_ray.training import FitSpec, Worker, fit
+
+    config = from_dict(arguments["config"])
+    name, digest, uri = arguments["stage"]
+    target = Stage(name, digest, Folder(uri))
+    place = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    worker = Worker(place.get_world_rank(), place.get_world_size(), arguments["threads"], device)
+    resolved = _agree_on_precision(config, target.folder, worker)
+    if worker.rank == 0:
+        where = {"precision": resolved, "workers": worker.world_size, "threads": worker.threads, "device": device.type}
+        write_stage_config(target, config_section(config, "teacher"), where)
+    data = open_store(Folder(arguments["data"]))
+    spec = FitSpec(
+        model_folder.model_spec(data.data_manifest, config.teacher.model), config.teacher.train, CeLoss(name="ce"),
+        config.teacher.seed, resolved,
+    )  # fmt: skip
+    result = fit(
+        spec,
+        read_split(data, "train"),
+        read_split(data, "validation"),
+        target.folder,
+        worker,
+        lambda row: ray.train.report(row),
+    )
+    if result is not None:
+        extra = {"precision": resolved, "workers": worker.world_size, "data_digest": data.data_manifest.digest}
+        model_folder.finish(target.folder, result, read_split(data, "test"), device, extra)
+
+
+def _agree_on_precision(config: Config, folder: Folder, worker: Any) -> str:
+    """Rank 0 resolves ``auto`` and all obey, whatever hardware each has."""
+    import torch.distributed as dist
+
+    from distill_ray.stages import model_folder
+
+    agreed = [
+        model_folder.resolve_precision(folder, config.teacher.train.precision, worker.device)
+        if worker.rank == 0
+        else None
+    ]
+    if worker.world_size > 1:
+        dist.broadcast_object_list(agreed, src=0)
+    return str(agreed[0])

@@ -1,0 +1,160 @@
+"""One shard: an Arrow IPC file of plain columns, written whole and named by its checksum.
+
+``encode_*`` and ``decode_*`` mirror each other. A data shard and its label shard hold the same row ids in the same
+order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distill_ray.errors import RunError, UserError
+from distill_ray.storage import Folder
+from distill_ray.store.manifest import SHARD_NAME, ShardRecord
+
+MAX_SHARD_BYTES = 100 * 2**20
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class DataShard:
+    """B rows: ``row_ids`` [B], ``inputs`` [B, *shape], ``labels`` [B] (-1 where there is none)."""
+
+    row_ids: Ids
+    inputs: npt.NDArray[Any]
+    labels: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LabelShard:
+    """B rows: ``row_ids`` [B], ``logits`` float16 [B, C], each row minus its maximum."""
+
+    row_ids: Ids
+    logits: npt.NDArray[np.float16]
+
+
+def encode_data(
+    row_ids: Ids, inputs: npt.NDArray[Any], labels: npt.NDArray[np.int64], source_ids: Any
+) -> pa.RecordBatch:
+    """The record batch of a data shard; ``labels`` below 0 become null."""
+    flat = np.ascontiguousarray(inputs).reshape(-1)
+    width = int(np.prod(inputs.shape[1:], dtype=np.int64))
+    columns = {
+        "row_id": pa.array(row_ids, type=pa.int64()),
+        "source_id": pa.array(source_ids),
+        "input": pa.FixedSizeListArray.from_arrays(pa.array(flat), width),
+        "label": pa.array(labels, type=pa.int64(), mask=labels < 0),
+    }
+    batch = pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    return batch.replace_schema_metadata({"shape": ",".join(str(n) for n in inputs.shape[1:])})
+
+
+def decode_data(batch: pa.RecordBatch, shape: tuple[int, ...]) -> DataShard:
+    """Views into the batch's memory, except for the labels (their nulls become -1)."""
+    inputs = batch.column("input").flatten().to_numpy(zero_copy_only=True).reshape(-1, *shape)
+    labels = batch.column("label").fill_null(-1).to_numpy(zero_copy_only=False)
+    return DataShard(batch.column("row_id").to_numpy(zero_copy_only=True), inputs, labels)
+
+
+def encode_logits(row_ids: Ids, logits_BC: npt.NDArray[np.float32]) -> pa.RecordBatch:
+    """The record batch of a label shard.
+
+    The row's maximum is subtracted first: softmax does not change, and float16 keeps its precision near 0, where the
+    probable classes are. What lies below float16's range (-65504) is clipped; its probability is 0 at any temperature.
+
+    Raises:
+        RunError: a logit is not finite; names the row.
+    """
+    bad = np.flatnonzero(~np.isfinite(logits_BC).all(axis=1))
+    if bad.size:
+        raise RunError(
+            f"the teacher gave a non-finite logit for row {int(row_ids[bad[0]])} ({bad.size} such rows in its shard)"
+        )
+    shifted = logits_BC - logits_BC.max(axis=1, keepdims=True)
+    stored = np.maximum(shifted, np.finfo(np.float16).min).astype(np.float16)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])
+    return pa.RecordBatch.from_arrays([pa.array(row_ids, type=pa.int64()), column], names=["row_id", "logits"])
+
+
+def decode_logits(batch: pa.RecordBatch, classes: int) -> LabelShard:
+    """Views into the batch's memory."""
+    logits = batch.column("logits").flatten().to_numpy(zero_copy_only=True).reshape(-1, classes)
+    return LabelShard(batch.column("row_id").to_numpy(zero_copy_only=True), logits)
+
+
+def write(folder: Folder, split: str, index: int, batch: pa.RecordBatch) -> ShardRecord:
+    """Write a shard; the same content gets the same name, so writing it twice is harmless."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data = sink.getvalue()
+    if data.size > MAX_SHARD_BYTES:
+        fits = max(1, MAX_SHARD_BYTES * batch.num_rows // data.size)
+        raise UserError(
+            f"data.shard_rows: a shard would hold {data.size >> 20} MiB, the limit is 100: use at most {fits}"
+        )
+    sha256 = hashlib.sha256(data).hexdigest()
+    name = f"{split}-{index:05d}-{sha256[:16]}.arrow"
+    if folder.size(name) != data.size:
+        folder.write_bytes(name, data)
+    return _record(split, index, name, batch, data.size, sha256)
+
+
+def read(folder: Folder, record: ShardRecord, *, verify: bool) -> pa.RecordBatch:
+    """Read a shard that a manifest names, memory-mapped where it is local.
+
+    Raises:
+        UserError: the file is missing, or is not what the manifest says (size, and checksum where ``verify``).
+    """
+    place = folder.location(record.file)
+    try:
+        buffer = folder.buffer(record.file)
+    except FileNotFoundError:
+        raise UserError(
+            f"{place}: missing shard: the store is damaged; delete its manifest.json to make it again"
+        ) from None
+    if buffer.size != record.bytes or (verify and hashlib.sha256(buffer).hexdigest() != record.sha256):
+        raise UserError(
+            f"{place}: damaged shard (its checksum is not the manifest's); delete it and manifest.json to make it again"
+        )
+    return _only_batch(buffer, place)
+
+
+def recover(folder: Folder, name: str) -> ShardRecord | None:
+    """The record of a shard that a killed writer left, None where the file is not whole.
+
+    The name carries the checksum of the content, so a file proves by itself that it is complete.
+    """
+    match = SHARD_NAME.match(name)
+    if match is None:
+        return None
+    buffer = folder.buffer(name)
+    sha256 = hashlib.sha256(buffer).hexdigest()
+    if sha256[:16] != match["checksum"]:
+        return None
+    batch = _only_batch(buffer, folder.location(name))
+    return _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
+
+
+def _record(split: str, index: int, name: str, batch: pa.RecordBatch, size: int, sha256: str) -> ShardRecord:
+    ids = batch.column("row_id")
+    return ShardRecord(
+        split=split, index=index, file=name, rows=batch.num_rows, first_id=ids[0].as_py(), last_id=ids[-1].as_py(),
+        bytes=size, sha256=sha256,
+    )  # fmt: skip
+
+
+def _only_batch(buffer: pa.Buffer, place: str) -> pa.RecordBatch:
+    try:
+        reader = pa.ipc.open_file(buffer)
+        if reader.num_record_batches != 1:
+            raise UserError(f"{place}: holds {reader.num_record_batches} record batches, a shard has one")
+        return reader.get_batch(0)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{place}: is not an Arrow IPC file ({str(error).splitlines()[0]})") from None
