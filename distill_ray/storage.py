@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,9 @@ class Folder:
         if not self.is_local or not self.path.is_dir():
             return
         for entry in self.path.glob(f"{_TEMPORARY}*"):
-            if time.time() - entry.stat().st_mtime > _STALE_TEMPORARY_S:
-                entry.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another writer just renamed or swept it
+                if time.time() - entry.stat().st_mtime > _STALE_TEMPORARY_S:
+                    entry.unlink(missing_ok=True)
 
 
 def check_writable(folder: Folder) -> None:

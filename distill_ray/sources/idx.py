@@ -7,6 +7,7 @@ test split is the ``t10k-`` pair; train and validation are divided from the ``tr
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -51,7 +52,7 @@ def parse_idx(data: bytes, dimensions: int, path: Path) -> npt.NDArray[np.uint8]
             f"expected 00 00 08 {dimensions:02x})"
         )
     shape = tuple(int(n) for n in np.frombuffer(data, dtype=">u4", count=dimensions, offset=4))
-    expected = header + int(np.prod(shape, dtype=np.int64))
+    expected = header + math.prod(shape)  # Python's integers: a forged header cannot overflow it
     if len(data) != expected:
         what = "is truncated" if len(data) < expected else "has bytes past its end"
         raise UserError(f"{path}: {what}: {len(data)} bytes, its header says {expected}: fetch it again")
@@ -94,7 +95,7 @@ class IdxSource:
                 f"{self._file(_LABELS, part)}: {len(labels)} labels for the {len(images)} images of "
                 f"{self._file(_IMAGES, part).name}"
             )
-        if len(images) == 0:
+        if images.size == 0:
             raise UserError(f"{self._file(_IMAGES, part)}: holds no images")
         return images, labels
 

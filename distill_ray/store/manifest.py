@@ -17,7 +17,7 @@ FORMAT = "distill_ray.store"
 FORMAT_VERSION = "1.0"
 _MAJOR = int(FORMAT_VERSION.split(".")[0])
 # A manifest comes from outside: its file names may not leave the store's folder.
-SHARD_NAME = re.compile(r"^(?P<split>[a-z]+)-(?P<index>\d{5,})-(?P<checksum>[0-9a-f]{16})\.arrow$")
+SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<index>[0-9]{5,})-(?P<checksum>[0-9a-f]{16})\.arrow\Z")
 
 
 class _Part(BaseModel):
@@ -127,12 +127,12 @@ def read(folder: Folder) -> DataManifest | LabelManifest:
     except FileNotFoundError:
         raise UserError(f"{place}: no such file: {folder} is not a finished store") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{place}: cannot be read as JSON ({error}): the store is damaged") from None
+        raise UserError(f"{place}: cannot be read as JSON ({error}): delete it to make the store again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{place}: is not the manifest of a {FORMAT}")
     version = str(raw.get("format_version", ""))
     major = version.split(".")[0]
-    if not major.isdigit() or int(major) > _MAJOR:
+    if not major.isdecimal() or int(major) > _MAJOR:
         raise UserError(
             f"{place}: has format version {version!r}, this code reads up to {_MAJOR}.x: update distill-ray"
         )
@@ -140,8 +140,8 @@ def read(folder: Folder) -> DataManifest | LabelManifest:
         return _Envelope.model_validate({"manifest": raw}).manifest
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"][2:])
-        raise UserError(f"{place}: {key}: {problem['msg']}: the store is damaged") from None
+        key = ".".join(str(part) for part in problem["loc"][2:]) or "kind"
+        raise UserError(f"{place}: {key}: {problem['msg']}: delete it to make the store again") from None
 
 
 def write(folder: Folder, manifest: StoreManifest) -> None:

@@ -110,3 +110,8 @@ def check_twins(data: Store, labels: Store) -> None:
         )
     if labels.manifest.classes != data.manifest.classes:
         raise UserError(f"{labels.folder}: has {labels.manifest.classes} classes, the data has {data.manifest.classes}")
+    if set(labels.manifest.splits) != set(data.manifest.splits):
+        raise UserError(
+            f"{labels.folder}: has the splits {', '.join(labels.manifest.splits)}, the data has "
+            f"{', '.join(data.manifest.splits)}: the store is damaged; delete its manifest.json to make it again"
+        )

@@ -76,7 +76,8 @@ def encode_logits(row_ids: Ids, logits_BC: npt.NDArray[np.float32]) -> pa.Record
         raise RunError(
             f"the teacher gave a non-finite logit for row {int(row_ids[bad[0]])} ({bad.size} such rows in its shard)"
         )
-    shifted = logits_BC - logits_BC.max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):  # two finite float32 can lie further apart than float32 reaches: clipped next
+        shifted = logits_BC - logits_BC.max(axis=1, keepdims=True)
     stored = np.maximum(shifted, np.finfo(np.float16).min).astype(np.float16)
     column = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])
     return pa.RecordBatch.from_arrays([pa.array(row_ids, type=pa.int64()), column], names=["row_id", "logits"])
@@ -89,7 +90,10 @@ def decode_logits(batch: pa.RecordBatch, classes: int) -> LabelShard:
 
 
 def write(folder: Folder, split: str, index: int, batch: pa.RecordBatch) -> ShardRecord:
-    """Write a shard; the same content gets the same name, so writing it twice is harmless."""
+    """Write a shard; the same content gets the same name, so writing it twice is harmless.
+
+    A file that has the name already is left alone only if its content is right: so a damaged one is mended.
+    """
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -101,7 +105,7 @@ def write(folder: Folder, split: str, index: int, batch: pa.RecordBatch) -> Shar
         )
     sha256 = hashlib.sha256(data).hexdigest()
     name = f"{split}-{index:05d}-{sha256[:16]}.arrow"
-    if folder.size(name) != data.size:
+    if folder.size(name) != data.size or not folder.buffer(name).equals(data):
         folder.write_bytes(name, data)
     return _record(split, index, name, batch, data.size, sha256)
 
@@ -139,6 +143,9 @@ def recover(folder: Folder, name: str) -> ShardRecord | None:
     if sha256[:16] != match["checksum"]:
         return None
     batch = _only_batch(buffer, folder.location(name))
+    column = batch.schema.get_field_index("row_id")
+    if batch.num_rows == 0 or column < 0 or batch.schema.field(column).type != pa.int64():
+        return None
     return _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
 
 
@@ -155,6 +162,8 @@ def _only_batch(buffer: pa.Buffer, place: str) -> pa.RecordBatch:
         reader = pa.ipc.open_file(buffer)
         if reader.num_record_batches != 1:
             raise UserError(f"{place}: holds {reader.num_record_batches} record batches, a shard has one")
-        return reader.get_batch(0)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{place}: is not an Arrow IPC file ({str(error).splitlines()[0]})") from None
+        batch = reader.get_batch(0)
+        batch.validate()
+    except (pa.ArrowException, OSError) as error:  # Arrow reports some broken files as OSError
+        raise UserError(f"{place}: is not an Arrow IPC file ({' '.join(str(error).split())})") from None
+    return batch

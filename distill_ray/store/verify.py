@@ -1,0 +1,344 @@
+"""verify: is a store what its manifest says? Every shard is read once; every fault is found before the first is told.
+
+A label store is also compared with the data store it was made from and with its teacher, where their folders lie
+beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from distill_ray.console import Reporter
+from distill_ray.errors import UserError
+from distill_ray.storage import Folder
+from distill_ray.store import manifest as manifests
+from distill_ray.store import reader, shards
+from distill_ray.store.manifest import SHARD_NAME, DataManifest, ShardRecord, StoreManifest
+from distill_ray.store.reader import Store
+
+_ARROW_TYPES = {"uint8": pa.uint8(), "int32": pa.int32(), "float16": pa.float16(), "float32": pa.float32()}
+_ACCURACY_TOLERANCE = 0.01  # the store's precision may differ from the summary's fp32
+_REMAKE = "delete it and manifest.json, then run the stage again"
+_REMAKE_ALL = "delete this folder, then run the stage again"
+
+
+def verify(folder: Folder, reporter: Reporter) -> dict[str, Any]:
+    """Check a data or label store; what was counted, as JSON-able values.
+
+    ``missing`` and ``double`` count row ids of 0..rows-1, ``unlabelled`` rows without a label. For a label store,
+    ``data`` and ``teacher`` name the folders it was compared with (None where there is none), and ``accuracy`` is the
+    teacher's on the test split as the stored logits have it, beside ``summary_accuracy``.
+
+    Raises:
+        UserError: the folder is no store, or has faults: their number and the first of them.
+    """
+    store = _open(folder)
+    check = _Check(store)
+    check.faults.extend(_manifest_faults(folder, store.manifest))
+    twins = None if isinstance(store.manifest, DataManifest) else _Twins.beside(store, check.faults, reporter)
+    records = store.manifest.shards
+    with reporter.progress("verify", len(records)) as bar:
+        for done, record in enumerate(records, start=1):
+            batch = check.shard(record)
+            if batch is not None and twins is not None:
+                check.faults.extend(twins.faults(record, batch))
+            bar.update(done, "shards")
+    check.coverage()
+    if check.faults:
+        raise _summary(check, reporter)
+    answer = check.answer()
+    return answer if twins is None else answer | twins.answer(reporter)
+
+
+def _open(folder: Folder) -> Store:
+    """The store in ``folder``, or what it is instead."""
+    try:
+        names = folder.names()
+        if not names and folder.is_local and not folder.path.is_dir():
+            what = "is a file, not the folder of a store" if folder.path.exists() else "no such folder"
+            raise UserError(f"{folder}: {what}; give a folder data-... or labels-... of <out>/artifacts")
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{folder}: cannot be read ({_reason(error)})") from None
+    if not names:
+        raise UserError(f"{folder}: holds no files; give a folder data-... or labels-... of <out>/artifacts")
+    if manifests.FILE not in names:
+        if any(SHARD_NAME.match(name) for name in names):
+            raise UserError(f"{folder}: has shards but no {manifests.FILE}: unfinished; run its command again")
+        raise UserError(f"{folder}: is not a store: it has no {manifests.FILE}")
+    return reader.open_store(folder)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _manifest_faults(folder: Folder, manifest: StoreManifest) -> Iterator[str]:
+    """What the manifest contradicts itself in."""
+    place = folder.location(manifests.FILE)
+    if len(manifest.class_names) != manifest.classes:
+        yield f"{place}: names {len(manifest.class_names)} classes of {manifest.classes}: {_REMAKE_ALL}"
+    if isinstance(manifest, DataManifest) and manifest.dtype not in _ARROW_TYPES:
+        yield f"{place}: dtype {manifest.dtype!r} is none of {', '.join(_ARROW_TYPES)}: {_REMAKE_ALL}"
+    for name, split in manifest.splits.items():
+        held = sum(record.rows for record in split.shards)
+        if split.rows != held:
+            yield f"{place}: split {name} has {split.rows} rows, but its shards hold {held}: {_REMAKE_ALL}"
+        for index, record in enumerate(split.shards):
+            expected = f"{record.split}-{record.index:05d}-{record.sha256[:16]}.arrow"
+            if (record.split, record.index) != (name, index):
+                yield f"{place}: {record.file} stands as shard {index} of split {name}: {_REMAKE_ALL}"
+            elif record.file != expected:
+                yield f"{place}: {record.file} should be called {expected} by its checksum: {_REMAKE_ALL}"
+
+
+@dataclass
+class _Check:
+    """What was found so far in one store."""
+
+    store: Store
+    faults: list[str] = field(default_factory=list)
+    missing: int = 0
+    double: int = 0
+    outside: int = 0
+    unlabelled: int = 0
+    _unread_rows: int = 0
+
+    def __post_init__(self) -> None:
+        self._seen = np.zeros(self.store.manifest.rows, dtype=np.bool_)  # one byte a row
+
+    def shard(self, record: ShardRecord) -> pa.RecordBatch | None:
+        """Check one shard; its batch, None where its columns cannot be trusted."""
+        place = self.store.folder.location(record.file)
+        try:
+            batch = shards.read(self.store.folder, record, verify=True)
+            batch.validate(full=True)
+        except UserError as error:
+            self._unread(record, str(error))
+            return None
+        except (OSError, pa.ArrowException) as error:
+            self._unread(record, f"{place}: cannot be read ({_reason(error)}): {_REMAKE}")
+            return None
+        wrong = _schema_fault(batch, self.store.manifest)
+        if wrong is not None:
+            self._unread(record, f"{place}: {wrong}: {_REMAKE}")
+            return None
+        self._ids(record, batch, place)
+        if isinstance(self.store.manifest, DataManifest):
+            found = self._labels(batch, self.store.manifest)
+        else:
+            found = _logits_fault(batch, self.store.manifest.classes)
+        if found is not None:
+            self.faults.append(f"{place}: {found}: {_REMAKE}")
+        return batch
+
+    def _unread(self, record: ShardRecord, fault: str) -> None:
+        self.faults.append(fault)
+        self._unread_rows += record.rows
+
+    def _ids(self, record: ShardRecord, batch: pa.RecordBatch, place: str) -> None:
+        ids = batch.column("row_id").to_numpy(zero_copy_only=True)
+        if len(ids) != record.rows:
+            self.faults.append(f"{place}: holds {len(ids)} rows, the manifest says {record.rows}: {_REMAKE}")
+        elif not np.array_equal(ids, np.arange(record.first_id, record.last_id + 1)):
+            self.faults.append(
+                f"{place}: its row ids are not {record.first_id} to {record.last_id}, one by one: {_REMAKE}"
+            )
+        inside = ids[(ids >= 0) & (ids < len(self._seen))]
+        unique = np.unique(inside)
+        self.outside += len(ids) - len(inside)
+        self.double += len(inside) - len(unique) + int(self._seen[unique].sum())
+        self._seen[unique] = True
+
+    def _labels(self, batch: pa.RecordBatch, manifest: DataManifest) -> str | None:
+        column = batch.column("label")
+        self.unlabelled += column.null_count
+        labels = column.drop_null().to_numpy()
+        beyond = labels[(labels < 0) | (labels >= manifest.classes)]
+        if not len(beyond):
+            return None
+        return f"label {beyond[0]} is out of range for {manifest.classes} classes ({len(beyond)} such rows)"
+
+    def coverage(self) -> None:
+        """Count the ids that no shard has; a shard that could not be read is a fault of its own already."""
+        self.missing = len(self._seen) - int(self._seen.sum())
+        if self.double or self.outside or self.missing > self._unread_rows:
+            self.faults.append(
+                f"{self.store.folder.location(manifests.FILE)}: the row ids are not 0 to {len(self._seen) - 1}, each "
+                f"once: {self.missing} missing, {self.double} double, {self.outside} outside: {_REMAKE_ALL}"
+            )
+
+    def answer(self) -> dict[str, Any]:
+        """The counts."""
+        manifest, folder = self.store.manifest, self.store.folder
+        named = {record.file for record in manifest.shards}
+        return {
+            "folder": str(folder), "kind": manifest.kind, "digest": manifest.digest, "rows": manifest.rows,
+            "splits": {name: split.rows for name, split in manifest.splits.items()}, "shards": len(named),
+            "bytes": sum(record.bytes for record in manifest.shards), "classes": manifest.classes,
+            "missing": self.missing, "double": self.double,
+            "orphans": sum(1 for name in folder.names() if SHARD_NAME.match(name) and name not in named),
+            **({"unlabelled": self.unlabelled} if isinstance(manifest, DataManifest) else {}),
+        }  # fmt: skip
+
+
+def _schema_fault(batch: pa.RecordBatch, manifest: StoreManifest) -> str | None:
+    """The first column that is not as FORMAT.md has it. Columns that a newer minor version added are ignored."""
+    wanted: dict[str, pa.DataType] = {"row_id": pa.int64()}
+    if isinstance(manifest, DataManifest):
+        width = int(np.prod(manifest.shape, dtype=np.int64))
+        wanted |= {"input": pa.list_(_ARROW_TYPES.get(manifest.dtype, pa.null()), width), "label": pa.int64()}
+        shape = ",".join(str(n) for n in manifest.shape)
+        said = (batch.schema.metadata or {}).get(b"shape", b"none").decode(errors="replace")
+        if said != shape:
+            return f"its metadata has shape {said}, the manifest {shape}"
+    else:
+        wanted["logits"] = pa.list_(pa.float16(), manifest.classes)
+    for name, kind in wanted.items():
+        number = batch.schema.get_all_field_indices(name)
+        if len(number) != 1:
+            return f"has {len(number)} columns {name!r} instead of one"
+        column = batch.column(number[0])
+        if not _same_type(column.type, kind):
+            return f"column {name!r} is {column.type}, expected {kind}"
+        if name != "label" and (column.null_count or _inner_nulls(column)):
+            return f"column {name!r} holds nulls"
+    return None
+
+
+def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if not pa.types.is_fixed_size_list(wanted):
+        return bool(found == wanted)
+    # The name of a list's inner field does not count.
+    return bool(
+        pa.types.is_fixed_size_list(found)
+        and found.value_type == wanted.value_type
+        and found.list_size == wanted.list_size
+    )
+
+
+def _inner_nulls(column: pa.Array) -> bool:
+    return bool(pa.types.is_fixed_size_list(column.type) and column.flatten().null_count)
+
+
+def _logits_fault(batch: pa.RecordBatch, classes: int) -> str | None:
+    """Whether a row is not finite, or not minus its maximum."""
+    shard = shards.decode_logits(batch, classes)
+    broken = np.flatnonzero(~np.isfinite(shard.logits).all(axis=1))
+    if len(broken):
+        return f"row {shard.row_ids[broken[0]]} has a logit that is not finite ({len(broken)} such rows)"
+    shifted = np.flatnonzero(shard.logits.max(axis=1) != 0)
+    if len(shifted):
+        return f"the largest logit of row {shard.row_ids[shifted[0]]} is not 0 ({len(shifted)} such rows)"
+    return None
+
+
+@dataclass
+class _Twins:
+    """The data store that a label store was made from: shard by shard the same ids; and the teacher's accuracy."""
+
+    labels: Store
+    data: Store | None
+    right: int = 0
+    counted: int = 0
+
+    def __post_init__(self) -> None:
+        known = self.data.manifest.shards if self.data else []
+        self._records = {(record.split, record.index): record for record in known}
+
+    @classmethod
+    def beside(cls, labels: Store, faults: list[str], reporter: Reporter) -> _Twins:
+        """Open the data store in the same artifacts folder."""
+        folder = _sibling(labels.folder, f"data-{labels.label_manifest.data_digest}")
+        if not folder.exists(manifests.FILE):
+            reporter.line(f"verify: there is no {folder.name} beside it: its row ids were not compared with the data")
+            return cls(labels, None)
+        try:
+            data = reader.open_store(folder)
+            reader.check_twins(data, labels)
+        except UserError as error:
+            faults.append(str(error))
+            return cls(labels, None)
+        twins = cls(labels, data)
+        for split, index in sorted(twins._records.keys() - {(r.split, r.index) for r in labels.manifest.shards}):
+            faults.append(f"{labels.folder}: shard {index} of split {split} has no labels: {_REMAKE_ALL}")
+        return twins
+
+    def faults(self, record: ShardRecord, batch: pa.RecordBatch) -> Iterator[str]:
+        """Compare one label shard with its data shard."""
+        if self.data is None:
+            return
+        place = self.labels.folder.location(record.file)
+        twin = self._records.get((record.split, record.index))
+        if twin is None:
+            yield f"{place}: {self.data.folder.name} has no shard {record.index} of split {record.split}: {_REMAKE}"
+            return
+        try:
+            rows = self.data.data_shard(twin, verify=False)  # mapped: only the ids and the labels are read
+        except (UserError, OSError, pa.ArrowException, KeyError, ValueError) as error:
+            yield f"{self.data.folder.location(twin.file)}: cannot be read: run verify on {self.data.folder} ({error})"
+            return
+        logits = shards.decode_logits(batch, self.labels.manifest.classes)
+        if not np.array_equal(rows.row_ids, logits.row_ids):
+            yield f"{place}: its row ids are not those of its twin {self.data.folder.location(twin.file)}: {_REMAKE}"
+        elif record.split == "test":
+            self._count(rows.labels, logits.logits)
+
+    def _count(self, labels_B: npt.NDArray[np.int64], logits_BC: npt.NDArray[np.float16]) -> None:
+        known = labels_B >= 0
+        self.counted += int(known.sum())
+        self.right += int((logits_BC.argmax(axis=1) == labels_B)[known].sum())
+
+    def answer(self, reporter: Reporter) -> dict[str, Any]:
+        """What the stored logits score on the test split, beside what the teacher's summary says."""
+        manifest = self.labels.label_manifest
+        accuracy = self.right / self.counted if self.counted else None
+        summary = _teacher_summary(self.labels)
+        said = None if summary is None else summary.get("accuracy")
+        if summary is not None and summary.get("weights_sha256") != manifest.teacher_weights_sha256:
+            reporter.warn(f"teacher-{manifest.teacher_digest} holds other weights than those that made these labels")
+        elif accuracy is not None and said is not None and abs(accuracy - said) > _ACCURACY_TOLERANCE:
+            reporter.warn(
+                f"{self.labels.folder}: the stored logits score {accuracy:.4f} on the test split, the teacher's "
+                f"summary.json says {said:.4f}: more than 1 point apart"
+            )
+        return {
+            "data": str(self.data.folder) if self.data else None, "data_digest": manifest.data_digest,
+            "teacher": None if summary is None else str(_teacher_folder(self.labels)),
+            "teacher_digest": manifest.teacher_digest, "precision": manifest.precision, "accuracy": accuracy,
+            "summary_accuracy": said,
+        }  # fmt: skip
+
+
+def _teacher_folder(labels: Store) -> Folder:
+    return _sibling(labels.folder, f"teacher-{labels.label_manifest.teacher_digest}")
+
+
+def _teacher_summary(labels: Store) -> dict[str, Any] | None:
+    try:
+        summary = _teacher_folder(labels).read_json("summary.json")
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
+def _sibling(folder: Folder, name: str) -> Folder:
+    if folder.is_local:
+        return Folder(str(folder.path.resolve().parent / name))
+    return Folder(f"{folder.uri.rsplit('/', 1)[0]}/{name}")
+
+
+def _summary(check: _Check, reporter: Reporter) -> UserError:
+    """The first fault in one line; the others go to the reporter."""
+    for fault in check.faults[1:]:
+        reporter.line(f"verify: also {fault}")
+    number = len(check.faults)
+    lost = f" ({check.missing} rows missing, {check.double} double)" if check.missing or check.double else ""
+    return UserError(f"{check.store.folder}: {number} fault{'s' * (number > 1)}{lost}; first: {check.faults[0]}")
