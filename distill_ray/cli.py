@@ -15,18 +15,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
-from distill_ray.errors import DistillRayError, UserError
+from distill_ray.errors import DistillRayError, Interrupted, RunError, UserError
 
 if TYPE_CHECKING:
     from distill_ray.stages.context import Context
 
-EXIT_FAILED, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
-    name="distill-ray", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    name="distill-ray", add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil a large PyTorch model into the best small one for a budget, on a laptop or a Ray cluster.",
 )  # fmt: skip
@@ -64,10 +62,13 @@ def _command(name: str, text: str, work: Callable[[Context], dict[str, Any]]) ->
         debug: DebugOption = False,
         allow_import: AllowImportOption = False,
     ) -> None:
-        os.environ["DISTILL_RAY_DEBUG"] = "1" if debug else ""
+        os.environ["DISTILL_RAY_DEBUG"] = "1" if debug else ""  # runtime.DEBUG_VARIABLE; not imported yet
         options = _Options(out, quiet, json_output, debug)
-        with _context(config, overrides or [], options) as context:
-            answer = work(context)
+        try:
+            with _context(config, overrides or [], options) as context:
+                answer = work(context)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; what is finished is kept, the same command continues") from None
         # Ray is gone by now: nothing of it can follow the last line.
         _show(answer, options)
 
@@ -155,9 +156,8 @@ def _verify(
     if json_output:
         print(json.dumps(answer), flush=True)
     elif not quiet:
-        print(
-            f"{answer['folder']}: {answer['kind']} store, {answer['rows']} rows in {answer['shards']} shards: no fault found"
-        )
+        held = f"{answer['rows']} rows in {answer['shards']} shards"
+        print(f"{answer['folder']}: {answer['kind'].removesuffix('s')} store, {held}: no fault found")
 
 
 def main() -> None:
@@ -168,24 +168,33 @@ def main() -> None:
 
 def _guarded(arguments: list[str]) -> int:
     debug = "--debug" in arguments
+    arguments = arguments or ["--help"]
     try:
         code = app(args=arguments, prog_name="distill-ray", standalone_mode=False)
         return int(code or 0)
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return int(stop.exit_code)
-    except click.ClickException as error:
-        return _fail(f"{error.format_message()} (see distill-ray --help)", EXIT_USER, debug)
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted; what is finished is kept, the same command continues", EXIT_INTERRUPTED, debug)
+    except _UsageError as error:
+        return _fail(f"{_message_of(error)} (see distill-ray --help)", UserError.exit_code, debug)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", Interrupted.exit_code, debug)
     except DistillRayError as error:
         return _fail(str(error), error.exit_code, debug)
     except OSError as error:
-        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", EXIT_FAILED, debug)
+        return _fail(f"{error.filename or 'input/output'}: {error.strerror or error}", RunError.exit_code, debug)
     except Exception as error:
         reason = str(error).strip().splitlines()
         return _fail(
-            f"{type(error).__name__}: {reason[-1] if reason else ''} (--debug shows where)", EXIT_FAILED, debug
+            f"{type(error).__name__}: {reason[-1] if reason else ''} (--debug shows where)", RunError.exit_code, debug
         )
+
+
+# typer carries a click of its own since 0.29: the class is found by way of a class that typer exports.
+_UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _message_of(error: Exception) -> str:
+    return str(getattr(error, "message", "")) or str(error)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -198,8 +207,6 @@ def _fail(message: str, code: int, debug: bool) -> int:
 def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
-
-__all__ = ["UserError", "app", "main"]
 
 if __name__ == "__main__":
     main()

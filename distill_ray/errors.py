@@ -15,6 +15,12 @@ class UserError(DistillRayError):
     exit_code = 2
 
 
+class Interrupted(DistillRayError):
+    """Ctrl-C or SIGTERM."""
+
+    exit_code = 130
+
+
 class RunError(DistillRayError):
     """A failure while running: what was finished stays, the same command continues."""
 

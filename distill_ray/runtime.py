@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from distill_ray.config import ClusterConfig
 from distill_ray.errors import RunError, UserError
 
+DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
 _CONNECT_TIMEOUT_S = 10.0
 _MAX_CPUS_PER_MODEL = 8  # beyond this, more threads do not speed up models of the sizes trained here
 
@@ -49,13 +54,17 @@ class Session:
         """Connect, or start a private local cluster; returns the live nodes.
 
         Raises:
-            UserError: no cluster answers at the address.
+            UserError: no cluster answers at the address, or it does not have what the config asks for. Ray itself would
+                wait for such resources without end.
         """
         if self._nodes is None:
             ray = _import_ray()
             address = self.address
+            if not self._debug:
+                _silence_native_stderr()
             if address != "local":
                 _check_answers(address)
+            on_sigterm = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(
                     address=address, log_to_driver=self._debug, include_dashboard=False if address == "local" else None,
@@ -64,8 +73,10 @@ class Session:
             except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"cluster.address {address}: no Ray session could be started ({reason})") from error
-            self._quieten()
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place, which exits with 15
             self._nodes = _live_nodes()
+            preflight(self.cluster, self._nodes)
         return self._nodes
 
     @property
@@ -94,10 +105,28 @@ class Session:
         where = "private local cluster" if self.address == "local" else self.address
         return f"Ray: {where}, {len(nodes)} node{'s'[: len(nodes) != 1]}, {cpus:g} CPUs, {gpus:g} GPUs"
 
-    def _quieten(self) -> None:
-        if not self._debug:
-            for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-                logging.getLogger(name).setLevel(logging.ERROR)
+
+def data() -> Any:
+    """``ray.data``, without bars or lines of its own unless the run is a debug one."""
+    import ray.data
+
+    if not os.environ.get(DEBUG_VARIABLE):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # set up anew by the import of ray.data
+    options = ray.data.DataContext.get_current()
+    options.enable_progress_bars = False
+    options.print_on_execution_start = False
+    return ray.data
+
+
+def preflight(cluster: ClusterConfig, nodes: Sequence[Node]) -> None:
+    """Refuse, before any work, what no stage could be given.
+
+    Raises:
+        UserError: says what is asked for, what is there, and which key to change.
+    """
+    training_placement(cluster, nodes)
+    labelling_placement(cluster, nodes, shards=1)
+    student_placement(cluster, nodes, students=1)
 
 
 def training_placement(cluster: ClusterConfig, nodes: Sequence[Node]) -> Placement:
@@ -109,7 +138,7 @@ def training_placement(cluster: ClusterConfig, nodes: Sequence[Node]) -> Placeme
     gpus = _gpus_per_worker(cluster, nodes)
     if gpus:
         usable = [node for node in nodes if node.gpus >= gpus]
-        workers = cluster.workers if cluster.workers != "auto" else sum(int(node.gpus // gpus) for node in usable)
+        workers = cluster.workers if cluster.workers != "auto" else max(1, sum(int(n.gpus // gpus) for n in usable))
     else:
         usable = [node for node in nodes if node.cpus >= 1]
         workers = cluster.workers if cluster.workers != "auto" else max(1, len(usable))
@@ -198,6 +227,22 @@ def _require(nodes: Sequence[Node], placement: Placement) -> None:
         f"cluster: {placement.workers} worker(s) with {each} each are asked for, the cluster has {there}: lower "
         "cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
     )
+
+
+@cache
+def _silence_native_stderr() -> None:
+    """Send what C++ code writes to file descriptor 2 to /dev/null; Python's ``sys.stderr`` keeps its place.
+
+    Ray's core prints harmless errors of its own there, one for each actor pool. With --debug they are shown.
+    """
+    ours = sys.__stderr__
+    if ours is None or sys.stderr is not ours:
+        return  # captured by a notebook or a test: not ours to move
+    ours.flush()
+    kept = os.fdopen(os.dup(2), "w", buffering=1, encoding=ours.encoding, errors="backslashreplace")
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    sys.stderr = kept
 
 
 def _live_nodes() -> list[Node]:

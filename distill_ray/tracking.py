@@ -17,7 +17,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, cast
+from queue import SimpleQueue
+from typing import Any, Literal, TypeAlias, cast
 
 from distill_ray.config import WandbConfig
 
@@ -34,9 +35,8 @@ class Tracker:
 
     def __init__(self, config: WandbConfig, group: str, directory: Path, warn: Warn) -> None:
         self._config, self._group, self._directory, self._warn = config, group, directory, warn
-        self._child: subprocess.Popen[str] | None = None
-        self._reader: threading.Thread | None = None
-        self._broken = config.mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled"
+        self._off = config.mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled"
+        self._child: _Child | None = None
 
     def start(self, key: str, *, run_id: str, name: str, job_type: str, config: Mapping[str, Any]) -> None:
         """Open, or continue, the W&B run of a stage folder. ``key`` names it in later calls."""
@@ -52,64 +52,83 @@ class Tracker:
 
     def close(self) -> None:
         """Let the child finish, within bounds."""
-        if self._child is None:
-            return
-        child, self._child = self._child, None
-        try:
-            assert child.stdin is not None
-            child.stdin.close()
-        except OSError:
-            pass  # already gone; its exit code says why
-        try:
-            code = child.wait(_CLOSE_TIMEOUT_S)
-            if code != 0 and not self._broken:
-                self._warn(f"W&B logging ended early (exit {code}): see {self._log_path}")
-        except subprocess.TimeoutExpired:
-            child.kill()
-            self._warn(
-                f"W&B did not finish within {_CLOSE_TIMEOUT_S:.0f} s and was stopped; its files: {self._directory}"
-            )
-        if self._reader is not None:
-            self._reader.join(timeout=5)
+        if self._child is not None and not self._child.close(_CLOSE_TIMEOUT_S):
+            self._warn(f"W&B did not finish within {_CLOSE_TIMEOUT_S:.0f} s and was stopped: see {self._log_path}")
+        self._child = None
 
     def abandon(self) -> None:
         """Stop at once: the run was interrupted, nobody waits for an upload."""
         if self._child is not None:
-            self._child.kill()
-            self._child = None
+            self._child.close(0)
+        self._child = None
 
     @property
     def _log_path(self) -> Path:
         return self._directory / "wandb" / "distill-ray.log"
 
     def _send(self, **event: Any) -> None:
-        if self._broken:
+        if self._off:
             return
         try:
             if self._child is None:
-                self._child = self._spawn()
-            assert self._child.stdin is not None
-            self._child.stdin.write(json.dumps(event, default=str) + "\n")
-            self._child.stdin.flush()
+                settings = self._config.model_dump() | {"group": self._group, "dir": str(self._directory)}
+                self._child = _Child(settings, self._log_path, self._warn)
+            self._child.events.put(json.dumps(event, default=str) + "\n")
         except (OSError, ValueError) as error:
-            self._broken = True
+            self._off = True
             self._warn(f"W&B logging is off for the rest of this run: {error}")
 
-    def _spawn(self) -> subprocess.Popen[str]:
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        settings = self._config.model_dump() | {"group": self._group, "dir": str(self._directory)}
-        with self._log_path.open("a") as log:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "distill_ray.tracking", json.dumps(settings)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                start_new_session=True,  # Ctrl-C is the driver's to handle
-            )  # fmt: skip
-        self._reader = threading.Thread(target=self._read, args=(child.stdout,), daemon=True)
-        self._reader.start()
-        return child
 
-    def _read(self, stdout: IO[str]) -> None:
-        for line in stdout:
+class _Child:
+    """The child process, the thread that feeds it (a pipe can be full), and the thread that reads its warnings."""
+
+    def __init__(self, settings: Mapping[str, Any], log_path: Path, warn: Warn) -> None:
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._warn = warn
+        self.events: SimpleQueue[str | None] = SimpleQueue()
+        with log_path.open("a") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "distill_ray.tracking", json.dumps(settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,  # Ctrl-C is the driver's to handle
+            )
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._feed, self._read)]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self, timeout_s: float) -> bool:
+        """Whether the child took all events and ended in time; it is gone in either case."""
+        self.events.put(None)
+        try:
+            self._process.wait(timeout_s)
+            ended = True
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            ended = False
+        for thread in self._threads:
+            thread.join(timeout=5)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        return ended
+
+    def _feed(self) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        try:
+            with pipe:
+                while (line := self.events.get()) is not None:
+                    pipe.write(line)
+                    pipe.flush()
+        except OSError:
+            return  # the child is gone; what it said before stands in its log and in its warnings
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
             if line.startswith(_RESULT_PREFIX):
                 self._warn(line.removeprefix(_RESULT_PREFIX).strip())
 
@@ -174,7 +193,8 @@ def _open_run(settings: Mapping[str, Any], event: Mapping[str, Any], mode: _Mode
         if mode == "offline":
             raise
         _tell(f"W&B cannot be reached ({type(error).__name__}); logging offline: `wandb sync` uploads later")
-        return _init(settings, event, "offline"), "offline"
+        # The failed attempt keeps its id in use until the process ends.
+        return _init(settings, {**event, "id": f"{event['id']}-offline"}, "offline"), "offline"
 
 
 def _init(settings: Mapping[str, Any], event: Mapping[str, Any], mode: _Mode) -> Any:

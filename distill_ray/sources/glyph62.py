@@ -76,8 +76,10 @@ def split_styles(fractions: tuple[float, ...], seed: int) -> dict[str, tuple[str
     """Assign whole groups of styles to splits: test and validation up to their share, the rest to train."""
     groups = [style_groups()[i] for i in np.random.default_rng((seed, 0)).permutation(len(style_groups()))]
     splits: dict[str, tuple[str, ...]] = {}
-    for name, fraction in ((SPLITS[2], fractions[2]), (SPLITS[1], fractions[1])):
-        room = max(1, round(fraction * len(STYLES))) if fraction > 0 else 0
+    rooms = {name: max(1, round(f * len(STYLES))) if f > 0 else 0 for name, f in zip(SPLITS, fractions, strict=True)}
+    # The smaller share first: it fits fewer groups, and the other must not take the last of them.
+    for name in sorted((SPLITS[2], SPLITS[1]), key=lambda name: rooms[name]):
+        room = rooms[name]
         taken: list[str] = []
         for group in list(groups):
             if len(taken) + len(group) <= room:

@@ -83,16 +83,12 @@ def run_shards(
     """
     if not items:
         return
-    import ray.data
-
-    options = ray.data.DataContext.get_current()
-    options.enable_progress_bars = False
-    options.print_on_execution_start = False
-    dataset = ray.data.from_items([dict(item) for item in items], override_num_blocks=len(items))
+    data = runtime.data()
+    dataset = data.from_items([dict(item) for item in items], override_num_blocks=len(items))
     if placement is None:
         rows = dataset.map(_Task(work, arguments), num_cpus=1)
     else:
-        pool = ray.data.ActorPoolStrategy(size=placement.workers)
+        pool = data.ActorPoolStrategy(size=placement.workers)
         rows = dataset.map(
             _Actor, fn_constructor_args=(work, dict(arguments)), compute=pool, num_cpus=placement.cpus,
             num_gpus=placement.gpus or None,

@@ -1,0 +1,27 @@
+"""Fixtures shared by the tests: one small undisturbed run through the real command, on a real local Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.harness import SMALL_RUN, Finished, distill_ray, write_config
+
+
+@dataclass(frozen=True)
+class SmallRun:
+    config: Path
+    out: Path
+    finished: Finished
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """``distill-ray run`` of SMALL_RUN in a fresh folder, from cold. Tests must not change its folders."""
+    root = tmp_path_factory.mktemp("small_run")
+    config, out = write_config(root, SMALL_RUN), root / "runs"
+    finished = distill_ray("run", config, "--out", out, "--json")
+    assert finished.code == 0, finished.stderr
+    return SmallRun(config, out, finished)

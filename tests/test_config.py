@@ -1,0 +1,142 @@
+"""The config: what is accepted, and the one line that says why something is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distill_ray import config as configs
+from distill_ray.config import KdLoss, StudentConfig, digest_payload
+from distill_ray.errors import UserError
+
+DESIGN = """\
+name: glyph62
+data:     {source: glyph62, rows: 12000, seed: 0, shard_rows: 2048,
+           split: {fractions: [0.8, 0.1, 0.1]},
+           input: {shape: [1, 32, 32], scale: 0.00392156862745098, mean: [0.5], std: [0.5]}}
+teacher:  {model: {name: char_cnn, channels: [32, 64], hidden: [512, 128]},
+           train: {epochs: 4, batch_size: 256, optimizer: adamw, lr: 1.0e-3, precision: auto}}
+labels:   {views: 1, dtype: float16}
+student:  {model: {name: char_cnn, channels: [8, 16], hidden: [32]},
+           loss: {name: kd, temperature: 2.0, alpha: 0.9},
+           train: {epochs: 8, batch_size: 128, lr: 1.0e-3}, seeds: [0]}
+tracking: {wandb: {mode: auto, project: distill-ray}}
+cluster:  {address: auto, workers: auto, gpus_per_worker: auto}
+"""
+
+
+def _load(tmp_path: Path, *overrides: str, text: str = DESIGN) -> configs.Config:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return configs.load(path, overrides)
+
+
+def test_overrides_reach_nested_keys_with_their_yaml_type(tmp_path: Path) -> None:
+    config = _load(tmp_path, "student.loss.temperature=4", "student.seeds=[0, 1]", "teacher.train.precision=fp32")
+    assert isinstance(config.student.loss, KdLoss)
+    assert config.student.loss.temperature == 4.0
+    assert config.student.seeds == (0, 1)
+    assert config.teacher.train.precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["student.loss.temprature=3"], ["student.loss.temprature", "did you mean 'temperature'"]),
+        (["techer.seed=1"], ["techer", "did you mean 'teacher'"]),
+        (["data.path=/somewhere"], ["data.path", "unknown key"]),
+        (["student.loss.name=kdd"], ["line 9", "'kdd'", "did you mean 'kd'"]),
+        (["data.source=glyph26"], ["line 2", "'glyph26'", "did you mean 'glyph62'"]),
+        (["student.train.lr=fast"], ["student.train.lr", "number", "'fast'"]),
+        (["teacher.train.epochs=2.5"], ["teacher.train.epochs", "integer"]),
+        (["student.loss.alpha=2"], ["student.loss.alpha", "less than or equal to 1", "2"]),
+        (["student.loss.temperature=0"], ["student.loss.temperature", "greater than 0"]),
+        (["student.loss.temperature=.nan"], ["student.loss.temperature", "finite"]),
+        (["data.split.fractions=[0.5, 0.6]"], ["data.split.fractions", "sum to 1", "1.1"]),
+        (["data.split.fractions=[0.9, 0.0, 0.1]"], ["data.split.fractions", "validation"]),
+        (["teacher.train.warmup_epochs=9"], ["teacher.train", "warmup_epochs 9", "4 epochs"]),
+        (["student.seeds=[1, 1]"], ["student.seeds", "distinct"]),
+        (["data.source=idx"], ["data.path", "missing"]),
+        (["name=artifacts"], ["name", "artifacts"]),
+        (["name=../elsewhere"], ["name", "pattern"]),
+        (["labels.views=4"], ["labels.views", "4"]),
+        (["student.model=3"], ["student.model"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_key_place_and_mend(
+    tmp_path: Path, overrides: list[str], expected: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        _load(tmp_path, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (*expected, "run.yaml"):
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("name: [unclosed\n", "not valid YAML"),
+        (DESIGN + "name: twice\n", "'name' is given twice"),
+        (DESIGN.replace("epochs: 8", "epochs: eight"), "line 10: student.train.epochs"),
+        ("name: x\n!!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_a_damaged_file_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(UserError, match="run.yaml") as caught:
+        _load(tmp_path, text=text)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["no-equals-sign", "=3", "student..seeds=1", "name.deeper=1"])
+def test_an_override_that_is_none(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match="override"):
+        _load(tmp_path, override)
+
+
+def test_a_missing_file_says_where_ready_ones_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tune_configs"):
+        configs.load(tmp_path / "absent.yaml")
+
+
+def test_shipped_configs_load_and_have_a_head_comment() -> None:
+    shipped = sorted(Path(__file__).parents[1].glob("tune_configs/*.yaml"))
+    assert {"smoke.yaml", "glyph62.yaml", "fashion_mnist.yaml"} <= {path.name for path in shipped}
+    for path in shipped:
+        assert path.read_text().startswith("# ")
+        configs.load(path)
+
+
+def test_the_dumped_config_loads_to_the_same_config(tmp_path: Path) -> None:
+    config = _load(tmp_path)
+    assert configs.from_dict(yaml.safe_load(configs.to_yaml(configs.to_dict(config)))) == config
+
+
+@given(epochs=st.integers(1, 99), seeds=st.lists(st.integers(0, 9), min_size=1, unique=True))
+def test_the_digest_payload_covers_what_changes_the_result_and_nothing_else(epochs: int, seeds: list[int]) -> None:
+    def payload(**changes: Any) -> dict[str, Any]:
+        model = {"name": "mlp"}
+        return digest_payload(StudentConfig.model_validate({"model": model, **changes}))
+
+    base = payload()
+    assert payload(seeds=seeds) == base  # a seed is a folder of its own, not part of the section
+    assert (payload(train={"epochs": epochs}) == payload(train={"epochs": 4})) == (epochs == 4)
+
+
+def test_a_relative_source_path_is_made_absolute_when_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = _load(tmp_path, "data={source: idx, path: images}")
+    assert getattr(config.data, "path", None) == str(tmp_path / "images")
+
+
+def test_the_json_schema_knows_every_section() -> None:
+    assert set(configs.Config.model_fields) == set(configs.json_schema()["properties"])

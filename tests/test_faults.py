@@ -1,0 +1,86 @@
+"""Kills in the middle of each stage: the same command finishes, and ends where an undisturbed run ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SmallRun
+from tests.harness import SMALL_RUN, distill_ray, epochs_done, only, stop_when, write_config
+
+
+def _weights(out: Path) -> dict[str, str]:
+    summaries = [*out.glob("artifacts/teacher-*/summary.json"), *out.glob("artifacts/student-*/summary.json")]
+    return {path.parent.name: json.loads(path.read_text())["weights_sha256"] for path in summaries}
+
+
+def _label_shards(out: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in out.glob("artifacts/labels-*/*.arrow")}
+
+
+def test_killed_in_every_stage_and_finished_by_the_same_command(small_run: SmallRun, tmp_path: Path) -> None:
+    config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
+    arguments: list[str | Path] = ["run", config, "--out", out]
+
+    stop_when(arguments, lambda: epochs_done(out, "teacher") >= 2, signal.SIGKILL)
+    trained = epochs_done(out, "teacher")
+    assert 2 <= trained < 6
+    assert not list(out.glob("artifacts/teacher-*/summary.json"))
+
+    lines_before = only(out, "artifacts/teacher-*/metrics.jsonl").read_text().splitlines()
+    stop_when(arguments, lambda: len(_label_shards(out)) >= 3, signal.SIGKILL)
+    lines_after = only(out, "artifacts/teacher-*/metrics.jsonl").read_text().splitlines()
+    assert (
+        lines_after[: len(lines_before)] == lines_before
+    )  # with their seconds: finished epochs were not trained again
+    written = _label_shards(out)
+    assert not list(out.glob("artifacts/labels-*/manifest.json"))
+
+    stop_when(arguments, lambda: epochs_done(out, "student") >= 3, signal.SIGKILL)
+    kept = _label_shards(out)
+    assert {name: kept.get(name) for name in written} == written  # not written again
+    students = {path: path.read_text().splitlines() for path in out.glob("artifacts/student-*/metrics.jsonl")}
+
+    finished = distill_ray(*arguments, "--json")
+    assert finished.code == 0, finished.stderr
+    for path, lines in students.items():
+        assert path.read_text().splitlines()[: len(lines)] == lines
+    # fp32 on the CPU at one worker count: bitwise the weights of the run that nobody disturbed.
+    assert _weights(out) == _weights(small_run.out)
+    for ours, theirs in zip(finished.answer["rows"], small_run.finished.answer["rows"], strict=True):
+        assert ours["accuracy"] == theirs["accuracy"]
+        assert ours["kl_to_teacher"] == pytest.approx(theirs["kl_to_teacher"], abs=1e-6)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_says_so_in_one_line_and_leaves_a_run_that_continues(tmp_path: Path, how: signal.Signals) -> None:
+    config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
+    stopped = stop_when(["teacher", config, "--out", out], lambda: epochs_done(out, "teacher") >= 1, how)
+    assert stopped.code == 130
+    assert stopped.stderr.splitlines()[-1].startswith("distill-ray: interrupted")
+    assert "Traceback" not in stopped.stderr
+    assert only(out, "artifacts/data-*/manifest.json").exists()
+    assert list(out.glob("artifacts/teacher-*/checkpoints/*.safetensors"))
+
+
+def test_a_damaged_stage_folder_is_made_again_and_the_others_are_not(small_run: SmallRun, tmp_path: Path) -> None:
+    """A truncated manifest, as a disk that lost its tail would leave it, in a copy of the finished run."""
+    import shutil
+
+    out = tmp_path / "runs"
+    shutil.copytree(small_run.out, out)
+    manifest = only(out, "artifacts/labels-*/manifest.json")
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    shards = _label_shards(out)
+    done = distill_ray("label", small_run.config, "--out", out, "--json")
+    assert done.code == 0, done.stderr
+    assert [(s["name"], s["status"]) for s in done.answer["stages"]] == [
+        ("prepare", "reused"),
+        ("teacher", "reused"),
+        ("label", "ran"),
+    ]
+    assert _label_shards(out) == shards  # every shard still passed its checksum and was kept
+    assert json.loads(manifest.read_bytes())["kind"] == "labels"

@@ -1,0 +1,158 @@
+"""The whole pipeline through the real command: what it leaves, that it is right, and that it is not run twice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import distill_ray
+from distill_ray import metrics
+from distill_ray.models.saved import ModelSpec
+from distill_ray.store import open_store, read_split
+from tests.conftest import SmallRun
+from tests.harness import SMALL_RUN, environment, only, write_config
+from tests.harness import distill_ray as command
+
+STUDENT_KEYS = {"accuracy", "kl_to_teacher", "agreement", "ece", "parameters", "bytes", "latency_ms", "seconds"}
+
+
+def test_run_leaves_the_folders_and_keys_of_the_contract(small_run: SmallRun) -> None:
+    artifacts = small_run.out / "artifacts"
+    for pattern, files in {
+        "data-*": {"manifest.json"},
+        "labels-*": {"manifest.json"},
+        "teacher-*": {"config.yaml", "metrics.jsonl", "summary.json", "model.safetensors", "model.json"},
+    }.items():
+        assert files <= {path.name for path in only(artifacts, pattern).iterdir()}
+    assert len(list(artifacts.glob("student-*"))) == 2
+    summary = json.loads((small_run.out / "small" / "summary.json").read_text())
+    assert [row["role"] for row in summary["rows"]] == ["teacher", "student", "control"]
+    for row in summary["rows"]:
+        assert all(isinstance(row[key], int | float) for key in STUDENT_KEYS), row
+    assert [stage["name"] for stage in summary["stages"]] == ["prepare", "teacher", "label", "student", "student"]
+    assert {stage["status"] for stage in summary["stages"]} == {"ran"}
+    assert small_run.finished.answer["rows"] == summary["rows"]
+    assert yaml.safe_load((small_run.out / "small" / "config.yaml").read_text())["name"] == "small"
+    assert (small_run.out / "small" / "report.html").stat().st_size > 0
+
+
+def test_one_epoch_is_one_line_with_the_parts_of_the_loss(small_run: SmallRun) -> None:
+    for folder in (small_run.out / "artifacts").glob("student-*"):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["epoch"] for line in lines] == list(range(1, 9))
+        assert {"train_loss", "train_ce", "train_kd", "validation_accuracy"} <= lines[0].keys()
+        loss = yaml.safe_load((folder / "config.yaml").read_text())["config"]["loss"]
+        expected = [
+            0.9 * row["train_kd"] + 0.1 * row["train_ce"] if loss["name"] == "kd" else row["train_ce"] for row in lines
+        ]
+        assert np.allclose([row["train_loss"] for row in lines], expected, rtol=1e-5)
+
+
+def test_stored_labels_are_the_teachers_logits_row_by_row(small_run: SmallRun) -> None:
+    """Against a bare PyTorch loop that knows nothing of stores, views or the input contract's code."""
+    artifacts = small_run.out / "artifacts"
+    weights = load_file(only(artifacts, "teacher-*") / "model.safetensors")
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        for i in range(2):
+            x = torch.relu(
+                torch.conv2d(x, weights[f"convolutions.{i}.weight"], weights[f"convolutions.{i}.bias"], padding=1)
+            )
+        x = torch.max_pool2d(x, 2).flatten(1)
+        x = torch.relu(x @ weights["linears.0.weight"].T + weights["linears.0.bias"])
+        return x @ weights["linears.1.weight"].T + weights["linears.1.bias"]
+
+    stored: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.float16]]] = {}
+    for path in only(artifacts, "labels-*").glob("*.arrow"):
+        table = pa.ipc.open_file(path).read_all()
+        logits = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, 62)
+        stored.update(zip(table["row_id"].to_pylist(), logits, strict=True))
+    seen = 0
+    for path in only(artifacts, "data-*").glob("*.arrow"):
+        table = pa.ipc.open_file(path).read_all()
+        raw = table["input"].combine_chunks().flatten().to_numpy().reshape(-1, 1, 32, 32)
+        expected = teacher((torch.from_numpy(raw.astype(np.float32)) / 255 - 0.5) / 0.5)
+        expected -= expected.max(dim=1, keepdim=True).values
+        ours = np.stack([stored[row_id] for row_id in table["row_id"].to_pylist()]).astype(np.float32)
+        # float16 has 11 significant bits; the rest is the order of summation in fp32.
+        assert np.allclose(ours, expected.numpy(), rtol=2**-11, atol=1e-4)
+        seen += len(ours)
+    assert seen == len(stored) == 1860
+
+
+def test_loaded_student_gives_the_logits_and_the_accuracy_of_the_table(small_run: SmallRun) -> None:
+    data = open_store(str(only(small_run.out / "artifacts", "data-*")))
+    test = read_split(data, "test")
+    for row in small_run.finished.answer["rows"]:
+        model = distill_ray.load_model(row["folder"])
+        assert not model.training
+        with torch.inference_mode():
+            logits = model(torch.from_numpy(test.inputs))
+        accuracy = float((logits.argmax(1).numpy() == test.labels).mean())
+        assert abs(accuracy - row["accuracy"]) < 1e-6
+        spec = ModelSpec.model_validate_json((Path(row["folder"]) / "model.json").read_bytes())
+        rebuilt = spec.build()
+        rebuilt.net.load_state_dict(load_file(Path(row["folder"]) / "model.safetensors"))
+        again = metrics.logits_of(rebuilt, torch.from_numpy(test.inputs), len(test), "fp32", torch.device("cpu"))
+        assert torch.equal(logits, again)
+
+
+def test_the_same_command_again_runs_nothing_and_imports_neither_torch_nor_ray(small_run: SmallRun) -> None:
+    probe = (
+        "import sys; from distill_ray.cli import _guarded; code = _guarded(sys.argv[1:]); "
+        "print(sorted({'torch', 'ray', 'matplotlib'} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    again = subprocess.run(
+        [sys.executable, "-c", probe, "run", str(small_run.config), "--out", str(small_run.out), "--json"],
+        capture_output=True, text=True, timeout=120, env=environment(),
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    answer = json.loads(again.stdout.splitlines()[-1])
+    assert {stage["status"] for stage in answer["stages"]} == {"reused"}
+    assert answer["rows"] == small_run.finished.answer["rows"]
+    assert again.stderr.splitlines()[-1] == "[]"
+
+
+def test_another_run_shares_the_teacher_and_its_labels(small_run: SmallRun, tmp_path: Path) -> None:
+    """Another name, temperature and batch size of labelling: only a new student is trained."""
+    other = SMALL_RUN | {"name": "warmer", "labels": {"precision": "fp32", "batch_size": 32}}
+    config = write_config(tmp_path, other)
+    done = command("run", config, "student.loss.temperature=4", "--out", small_run.out, "--json")
+    assert done.code == 0, done.stderr
+    assert [(stage["name"], stage["status"]) for stage in done.answer["stages"]] == [
+        ("prepare", "reused"),
+        ("teacher", "reused"),
+        ("label", "reused"),
+        ("student", "ran"),
+        ("student", "reused"),
+    ]
+
+
+def test_offline_tracking_leaves_one_run_a_stage(small_run: SmallRun) -> None:
+    runs = list((small_run.out / "small" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 4  # teacher, labels, student, control
+    assert "warning" not in small_run.finished.stderr
+
+
+def test_two_data_parallel_workers_train_the_same_teacher(small_run: SmallRun, tmp_path: Path) -> None:
+    """gloo, two Ray Train workers, the same global batches: the loss curve of one worker, to float tolerance."""
+    config = write_config(tmp_path, SMALL_RUN | {"cluster": {"workers": 2, "cpus_per_worker": 1}})
+    done = command("teacher", config, "--out", tmp_path / "runs", "--json")
+    assert done.code == 0, done.stderr
+    pair = only(tmp_path / "runs" / "artifacts", "teacher-*")
+    assert yaml.safe_load((pair / "config.yaml").read_text())["resolved"]["workers"] == 2
+    alone = only(small_run.out / "artifacts", "teacher-*")
+    assert pair.name == alone.name  # the worker count does not change the result, so not the folder either
+    curves = [
+        [json.loads(line)["train_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (alone, pair)
+    ]
+    assert np.allclose(curves[0], curves[1], rtol=1e-3)

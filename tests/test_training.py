@@ -1,0 +1,196 @@
+"""The training loop without Ray: order, resuming, data parallelism, faults."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import multiprocessing as mp
+
+from distill_ray import checkpoints, training
+from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
+from distill_ray.errors import RunError
+from distill_ray.models import ModelSpec
+from distill_ray.storage import Folder
+from distill_ray.store import SplitArrays
+from distill_ray.training import FitResult, FitSpec, Worker, batches_of_worker, epoch_order, fit, lr_factor
+
+CLASSES = 4
+
+
+def _rows(count: int, seed: int) -> SplitArrays:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, CLASSES, count)
+    inputs = (rng.normal(0, 20, (count, 6)) + 40 * labels[:, None]).clip(0, 255).astype(np.uint8)
+    logits = (-3.0 * (np.arange(CLASSES) != labels[:, None])).astype(np.float16)
+    return SplitArrays(np.arange(count), inputs, labels.astype(np.int64), logits)
+
+
+def _spec(epochs: int = 4, loss: CeLoss | KdLoss | None = None, **train: object) -> FitSpec:
+    model = ModelSpec(
+        model=MlpModel(name="mlp", hidden=(8,)), input=InputConfig(), shape=(6,), dtype="uint8", classes=CLASSES,
+        class_names=tuple("abcd"),
+    )  # fmt: skip
+    config = TrainConfig.model_validate({"epochs": epochs, "batch_size": 16, "lr": 0.01, **train})
+    return FitSpec(model, config, loss or KdLoss(name="kd"), seed=3, precision="fp32")
+
+
+def _fit(spec: FitSpec, folder: Path, **arguments: object) -> FitResult:
+    result = fit(spec, _rows(101, 0), _rows(40, 1), Folder.at(folder), Worker(), **arguments)  # type: ignore[arg-type]
+    assert result is not None
+    return result
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(1, 200), batch=st.integers(1, 64), world=st.integers(1, 5), seed=st.integers(0, 99),
+    epoch=st.integers(1, 9),
+)  # fmt: skip
+def test_every_row_once_an_epoch_in_batches_that_do_not_depend_on_the_workers(
+    count: int, batch: int, world: int, seed: int, epoch: int
+) -> None:
+    order = epoch_order(count, seed, epoch)
+    parts = [list(batches_of_worker(count, batch, Worker(rank, world), order)) for rank in range(world)]
+    alone = list(batches_of_worker(count, batch, Worker(), order))
+    seen: list[int] = []
+    for step, (whole, rows) in enumerate(alone):
+        shares = [part[step] for part in parts]
+        assert all(global_rows == rows == len(whole) for _, global_rows in shares)
+        together = torch.cat([share for share, _ in shares])
+        assert sorted(together.tolist()) == sorted(whole.tolist())
+        seen += together.tolist()
+    assert sorted(seen) == list(range(count))
+
+
+def test_order_changes_with_seed_and_epoch() -> None:
+    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(3) for epoch in range(1, 4)}
+    assert len(orders) == 9
+
+
+def test_schedule() -> None:
+    assert [lr_factor(step, 10, 4, "constant") for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = [lr_factor(step, 10, 0, "cosine") for step in range(10)]
+    assert cosine[0] == 1.0
+    assert cosine == sorted(cosine, reverse=True)
+    assert cosine[5] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_interrupted_equals_uninterrupted_bitwise(tmp_path: Path, optimizer: str) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill_after_two(row: dict[str, float]) -> None:
+        if row["epoch"] == 2:
+            raise Killed
+
+    spec = _spec(optimizer=optimizer)
+    whole = _fit(spec, tmp_path / "whole")
+    with pytest.raises(Killed):
+        _fit(spec, tmp_path / "cut", on_epoch=kill_after_two)
+    epochs: list[float] = []
+    resumed = _fit(spec, tmp_path / "cut", on_epoch=lambda row: epochs.append(row["epoch"]))
+    assert epochs == [3, 4]
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert [row["train_loss"] for row in resumed.history] == [row["train_loss"] for row in whole.history]
+
+
+def test_finished_training_is_not_repeated(tmp_path: Path) -> None:
+    spec = _spec()
+    first = _fit(spec, tmp_path)
+    calls: list[object] = []
+    assert _fit(spec, tmp_path, on_epoch=calls.append) == first
+    assert calls == []
+
+
+def test_it_learns_and_keeps_the_last_two_and_the_best(tmp_path: Path) -> None:
+    result = _fit(_spec(epochs=12), tmp_path)
+    accuracies = [row["validation_accuracy"] for row in result.history]
+    assert max(accuracies) > 0.8  # chance is 0.25
+    assert result.best_epoch == 1 + int(np.argmax(accuracies))
+    kept = {int(path.name[6:11]) for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {11, 12, result.best_epoch}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, damage: str) -> None:
+    spec = _spec(epochs=3)
+    whole = _fit(spec, tmp_path / "whole")
+    _fit(_spec(epochs=3), tmp_path / "hurt")
+    newest = max((tmp_path / "hurt" / "checkpoints").iterdir())
+    data = bytearray(newest.read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+    newest.write_bytes(b"" if damage == "empty" else data if damage == "flip" else data[: len(data) // 2])
+    epochs: list[float] = []
+    again = _fit(spec, tmp_path / "hurt", on_epoch=lambda row: epochs.append(row["epoch"]))
+    assert epochs
+    assert epochs[-1] == 3
+    assert again.weights_sha256 == whole.weights_sha256
+
+
+def test_checkpoints_round_trip(tmp_path: Path) -> None:
+    _fit(_spec(epochs=2), tmp_path)
+    saved = checkpoints.latest(Folder.at(tmp_path / "checkpoints"))
+    assert saved is not None
+    checkpoints.save(Folder.at(tmp_path / "copy"), saved)
+    again = checkpoints.at(Folder.at(tmp_path / "copy"), 2)
+    assert again is not None
+    assert again.history == saved.history
+    assert again.optimizer["param_groups"] == saved.optimizer["param_groups"]
+    for ours, theirs in ((again.model, saved.model), (again.optimizer["state"][0], saved.optimizer["state"][0])):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_divergence_names_the_step_and_keeps_the_last_good_epoch(tmp_path: Path) -> None:
+    _fit(_spec(epochs=1), tmp_path)
+    bad = _rows(101, 0)
+    logits = bad.logits
+    assert logits is not None
+    logits[:] = np.nan
+    with pytest.raises(RunError, match=r"not finite at step 8 \(epoch 2\); the checkpoint of epoch 1 is kept"):
+        fit(_spec(epochs=2), bad, _rows(40, 1), Folder.at(tmp_path), Worker())
+    saved = checkpoints.latest(Folder.at(tmp_path / "checkpoints"))
+    assert saved is not None
+    assert saved.epoch == 1
+
+
+def test_bf16_is_close_to_fp32(tmp_path: Path) -> None:
+    """By emulation where the processor has no bf16: right everywhere, fast where it is native."""
+    exact = _fit(_spec(epochs=6), tmp_path / "fp32")
+    spec = _spec(epochs=6)
+    rounded = _fit(FitSpec(spec.model, spec.train, spec.loss, spec.seed, "bf16"), tmp_path / "bf16")
+    assert rounded.weights_sha256 != exact.weights_sha256
+    assert rounded.history[-1]["train_loss"] == pytest.approx(exact.history[-1]["train_loss"], rel=0.05)
+
+
+def _data_parallel(rank: int, world: int, port: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    try:
+        training.fit(_spec(epochs=3), _rows(101, 0), _rows(40, 1), Folder.at(folder), Worker(rank, world))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_worker_equals_three_on_batches_that_do_not_divide(tmp_path: Path) -> None:
+    """101 rows in batches of 16: the last batch has 5 rows, so one of 6 workers has none."""
+    import socket
+
+    alone = _fit(_spec(epochs=3), tmp_path / "one")
+    for world in (3, 6):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder = tmp_path / str(world)
+        mp.spawn(_data_parallel, args=(world, port, str(folder)), nprocs=world, join=True)  # type: ignore[attr-defined, no-untyped-call]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for key in ("train_loss", "validation_accuracy", "validation_ce"):
+            assert [line[key] for line in lines] == pytest.approx([row[key] for row in alone.history], rel=1e-4)
