@@ -29,6 +29,9 @@ MARKERS: Mapping[StageName, str] = {
     "student": "summary.json",
     "tune": "summary.json",
 }
+# Files of a teacher's or student's folder.
+WEIGHTS_FILE, SPEC_FILE = "model.safetensors", "model.json"
+METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 _DIGEST_CHARS = 16
 
 

@@ -101,9 +101,11 @@ def _context(path: Path, overrides: list[str], options: _Options) -> Iterator[Co
 
 
 def _run(context: Context) -> dict[str, Any]:
-    from distill_ray.stages import results
+    from distill_ray.stages import report, results
 
-    return results.write(context) | {"table": f"{context.config.name}: test split"}
+    summary = results.write(context)
+    report.write_report(context, summary)
+    return summary | {"table": f"{context.config.name}: test split"}
 
 
 def _stage(name: str) -> Callable[[Context], dict[str, Any]]:
@@ -127,6 +129,9 @@ def _show(answer: dict[str, Any], options: _Options) -> None:
         elif not options.json:
             for stage in answer.get("stages", []):
                 print(f"{stage['name']}: {stage['folder']} ({stage['status']})")
+            for key in ("report", "export"):
+                if key in answer:
+                    print(f"{key}: {answer[key]}")
     if options.json:
         print(json.dumps(answer), flush=True)
 

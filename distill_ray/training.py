@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_ray import checkpoints, losses, precision
+from distill_ray.artifacts import METRICS_FILE
 from distill_ray.checkpoints import Checkpoint, History
 from distill_ray.config import CeLoss, KdLoss, TrainConfig
 from distill_ray.errors import RunError
@@ -29,7 +30,6 @@ from distill_ray.models import Classifier, ModelSpec, save_model
 from distill_ray.storage import Folder
 from distill_ray.store.reader import SplitArrays
 
-METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 
 

@@ -11,12 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE
 from distill_ray.config import InputConfig, ModelConfig
 from distill_ray.errors import UserError
 from distill_ray.models.classifier import Classifier, build_classifier
 from distill_ray.storage import Folder
-
-WEIGHTS_FILE, SPEC_FILE = "model.safetensors", "model.json"
 
 
 class ModelSpec(BaseModel):

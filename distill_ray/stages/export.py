@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_ray import __version__
+from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE
 from distill_ray.config import to_dict
 from distill_ray.errors import RunError
 from distill_ray.models import Classifier, ModelSpec, load_model
-from distill_ray.models.saved import SPEC_FILE, WEIGHTS_FILE
 from distill_ray.stages import prepare, results, student
 from distill_ray.stages.context import Context
 from distill_ray.stages.student import Student

@@ -1,34 +1,23 @@
-"""What teacher and student folders share: resolving ``auto``, finishing with test metrics, and following progress."""
+"""What teacher and student folders share on the worker: resolving ``auto``, and finishing with test metrics."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import yaml
 
 from distill_ray import metrics, precision
-from distill_ray.artifacts import Stage
-from distill_ray.checkpoints import History
+from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
 from distill_ray.config import PrecisionName
 from distill_ray.models import ModelSpec, load_model
 from distill_ray.models.classifier import count_parameters
-from distill_ray.models.saved import WEIGHTS_FILE
 from distill_ray.stages.context import CONFIG_FILE
 from distill_ray.storage import Folder
 from distill_ray.store import DataManifest, SplitArrays
-from distill_ray.training import METRICS_FILE, FitResult
+from distill_ray.training import FitResult
 
-SUMMARY_FILE = "summary.json"
 _EVALUATION_BATCH = 512
-
-
-def is_whole(target: Stage) -> bool:
-    """Whether the folder is finished and its weights are there in their size."""
-    summary = target.finished()
-    return summary is not None and target.folder.size(WEIGHTS_FILE) == summary.get("bytes")
 
 
 def model_spec(data: DataManifest, model: Any) -> ModelSpec:
@@ -76,37 +65,3 @@ def finish(folder: Folder, result: FitResult, test: SplitArrays, device: torch.d
         **extra,
     }
     folder.write_json(SUMMARY_FILE, summary)
-
-
-class Follower:
-    """Reads the lines that training adds to ``metrics.jsonl`` of a folder, wherever the worker is."""
-
-    def __init__(self, folder: Folder, on_row: Callable[[dict[str, float]], None]) -> None:
-        self._folder, self._on_row = folder, on_row
-        self._seen = len(read_history(folder))
-
-    @property
-    def epochs(self) -> int:
-        """Epochs seen so far, those of earlier starts included."""
-        return self._seen
-
-    def poll(self) -> None:
-        """Hand on the rows that are new since the last call."""
-        history = read_history(self._folder)
-        for row in history[self._seen :]:
-            self._on_row(row)
-        self._seen = max(self._seen, len(history))
-
-
-def read_history(folder: Folder) -> History:
-    """The finished epochs of a folder, empty where training has not begun."""
-    try:
-        return [json.loads(line) for line in folder.read_bytes(METRICS_FILE).decode().splitlines()]
-    except (FileNotFoundError, ValueError):
-        return []
-
-
-def epoch_note(row: dict[str, float]) -> str:
-    """An epoch in a few words, for progress lines."""
-    loss, accuracy, speed = row["train_loss"], row["validation_accuracy"], row["rows_per_s"]
-    return f"epochs  loss {loss:.4f}  validation accuracy {accuracy:.4f}  {speed:,.0f} rows/s"

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill_ray.config import to_dict, to_yaml
-from distill_ray.stages import charts, results
+from distill_ray.stages import charts, progress, results
 from distill_ray.stages.charts import Curve
 from distill_ray.stages.context import Context
 from distill_ray.storage import Folder
@@ -153,10 +153,8 @@ def _drawings(curves: Sequence[Curve]) -> list[tuple[str, Markup]]:
 
 
 def _curves(rows: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    from distill_ray.stages import model_folder  # imports torch, which nothing else here needs
-
     return [
-        Curve(row["role"], row.get("loss", {}).get("name") == "kd", model_folder.read_history(Folder(row["folder"])))
+        Curve(row["role"], row.get("loss", {}).get("name") == "kd", progress.read_history(Folder(row["folder"])))
         for row in rows
     ]
 

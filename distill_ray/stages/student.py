@@ -14,7 +14,7 @@ from typing import Any, Literal
 from distill_ray import artifacts, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, KdLoss, digest_payload, from_dict, to_dict
-from distill_ray.stages import label, prepare
+from distill_ray.stages import label, prepare, progress
 from distill_ray.stages.context import Context, Outcome, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
@@ -69,13 +69,11 @@ def locate(config: Config, out: Folder, data: Stage, labels: Stage, loss: CeLoss
 
 
 def _make_all(context: Context, data: Stage, labels: Stage, wanted: Sequence[Student]) -> None:
-    from distill_ray.stages import model_folder
-
-    todo = [student for student in wanted if not model_folder.is_whole(student.stage)]
+    todo = [student for student in wanted if not progress.is_whole(student.stage)]
     with ExitStack() as locks:
         for student in sorted(todo, key=lambda s: s.stage.digest):  # one order everywhere: two runs cannot deadlock
             locks.enter_context(artifacts.exclusive(student.stage, context.reporter.line))
-        todo = [student for student in todo if not model_folder.is_whole(student.stage)]
+        todo = [student for student in todo if not progress.is_whole(student.stage)]
         if todo:
             _train_and_finish(context, data, labels, todo, len(wanted))
     for student in wanted:
@@ -135,8 +133,6 @@ def _follow(context: Context, running: Mapping[Any, Student]) -> None:
 
 
 def _follower(context: Context, student: Student, bar: Any) -> Any:
-    from distill_ray.stages import model_folder
-
     key = student.stage.folder.name
     section = to_dict(context.config.student) | {
         "loss": to_dict(student.loss),
@@ -146,7 +142,7 @@ def _follower(context: Context, student: Student, bar: Any) -> Any:
     context.tracker.start(
         key, run_id=tracking_id(student.stage.folder), name=student.title, job_type=student.role, config=section
     )
-    return model_folder.Follower(student.stage.folder, lambda row: context.tracker.log(key, row))
+    return progress.Follower(student.stage.folder, lambda row: context.tracker.log(key, row))
 
 
 def _record(context: Context, student: Student, finish_seconds: float) -> None:

@@ -12,7 +12,7 @@ from distill_ray import artifacts, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import DistillRayError, RunError, UserError
-from distill_ray.stages import prepare
+from distill_ray.stages import prepare, progress
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
@@ -23,11 +23,9 @@ _MAX_RESTARTS = 3  # of the worker group, after a lost worker or node; each cont
 
 def run(context: Context) -> Stage:
     """The finished teacher of the config."""
-    from distill_ray.stages import model_folder
-
     data = prepare.run(context)
     target = locate(context.config, context.out, data)
-    return context.once("teacher", target, model_folder.is_whole, lambda: _make(context, data, target))
+    return context.once("teacher", target, progress.is_whole, lambda: _make(context, data, target))
 
 
 def locate(config: Config, out: Folder, data: Stage) -> Stage:
@@ -58,10 +56,10 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
     with context.reporter.progress("teacher", epochs) as bar:
 
         def on_row(row: dict[str, float]) -> None:
-            bar.update(row["epoch"], model_folder.epoch_note(row))
+            bar.update(row["epoch"], progress.epoch_note(row))
             context.tracker.log(key, row)
 
-        follower = model_folder.Follower(target.folder, on_row)
+        follower = progress.Follower(target.folder, on_row)
         bar.update(follower.epochs)
         _train(arguments, placement, follower)
     failure = _failure_of(target.folder, arguments["attempt"])

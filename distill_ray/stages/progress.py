@@ -1,0 +1,51 @@
+"""What can be told of a model folder without torch: whether it is finished, and how far its training is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from distill_ray.artifacts import METRICS_FILE, WEIGHTS_FILE, Stage
+from distill_ray.storage import Folder
+
+History = list[dict[str, float]]  # one row an epoch, in order
+
+
+def is_whole(target: Stage) -> bool:
+    """Whether the folder is finished and its weights are there in their size."""
+    summary = target.finished()
+    return summary is not None and target.folder.size(WEIGHTS_FILE) == summary.get("bytes")
+
+
+class Follower:
+    """Reads the lines that training adds to ``metrics.jsonl`` of a folder, wherever the worker is."""
+
+    def __init__(self, folder: Folder, on_row: Callable[[dict[str, float]], None]) -> None:
+        self._folder, self._on_row = folder, on_row
+        self._seen = len(read_history(folder))
+
+    @property
+    def epochs(self) -> int:
+        """Epochs seen so far, those of earlier starts included."""
+        return self._seen
+
+    def poll(self) -> None:
+        """Hand on the rows that are new since the last call."""
+        history = read_history(self._folder)
+        for row in history[self._seen :]:
+            self._on_row(row)
+        self._seen = max(self._seen, len(history))
+
+
+def read_history(folder: Folder) -> History:
+    """The finished epochs of a folder, empty where training has not begun."""
+    try:
+        return [json.loads(line) for line in folder.read_bytes(METRICS_FILE).decode().splitlines()]
+    except (FileNotFoundError, ValueError):
+        return []
+
+
+def epoch_note(row: dict[str, float]) -> str:
+    """An epoch in a few words, for progress lines."""
+    loss, accuracy, speed = row["train_loss"], row["validation_accuracy"], row["rows_per_s"]
+    return f"epochs  loss {loss:.4f}  validation accuracy {accuracy:.4f}  {speed:,.0f} rows/s"
