@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
@@ -201,6 +202,14 @@ class StudentConfig(Section):
     train: TrainConfig = setting(TrainConfig(epochs=8, batch_size=128))
     seeds: tuple[int, ...] = setting((0,), min_length=1, digest="never")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _kd_unless_named(cls, raw: Any) -> Any:
+        # So that an override of student.loss.temperature needs no name beside it.
+        if isinstance(raw, dict) and isinstance(loss := raw.get("loss"), dict) and "name" not in loss:
+            return {**raw, "loss": {"name": "kd", **loss}}
+        return raw
+
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, value: tuple[int, ...]) -> tuple[int, ...]:
@@ -215,25 +224,32 @@ class StudentConfig(Section):
 class SpaceEntry(Section):
     """One dimension of a search: exactly one of the kinds below."""
 
-    choice: tuple[Any, ...] | None = setting(None, min_length=1)
-    grid: tuple[Any, ...] | None = setting(None, min_length=1)
-    uniform: tuple[float, float] | None = setting(None)
-    loguniform: tuple[float, float] | None = setting(None)
-    quniform: tuple[float, float, float] | None = setting(None)
+    choice: tuple[Any, ...] | None = setting(None, digest="not_at_default", min_length=1)
+    grid: tuple[Any, ...] | None = setting(None, digest="not_at_default", min_length=1)
+    uniform: tuple[float, float] | None = setting(None, digest="not_at_default")
+    loguniform: tuple[float, float] | None = setting(None, digest="not_at_default")
+    quniform: tuple[float, float, float] | None = setting(None, digest="not_at_default")  # lower, upper, step
 
     @model_validator(mode="after")
     def _one_kind(self) -> SpaceEntry:
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"needs exactly one of {', '.join(type(self).model_fields)}, got {given or 'none'}")
-        bounds = self.uniform or self.loguniform or self.quniform
+        bounds = self.uniform or self.loguniform or (self.quniform and self.quniform[:2])
         if bounds and not bounds[0] < bounds[1]:
             raise ValueError(f"the lower bound must be below the upper one, got {list(bounds)}")
         if self.loguniform and self.loguniform[0] <= 0:
             raise ValueError(f"loguniform needs bounds above 0, got {list(self.loguniform)}")
         if self.quniform and self.quniform[2] <= 0:
             raise ValueError(f"the step of quniform must be above 0, got {self.quniform[2]:g}")
+        if self.quniform and any(abs(b / self.quniform[2] - round(b / self.quniform[2])) > 1e-9 for b in bounds or ()):
+            raise ValueError(f"the bounds of quniform must be multiples of its step, got {list(self.quniform)}")
         return self
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """The values to choose from, empty where a range is searched."""
+        return self.grid or self.choice or ()
 
 
 class TuneConfig(Section):
@@ -246,6 +262,24 @@ class TuneConfig(Section):
     seeds: int = setting(5, ge=1)
     seed: int = setting(0, ge=0)
     max_parameters: int | None = setting(None, ge=1)
+
+    @model_validator(mode="after")
+    def _grid_is_whole(self) -> TuneConfig:
+        """The number of trials must be plain from the config: a grid is for a grid search, and fits its trials."""
+        if self.search != "grid":
+            if named := [key for key, entry in self.space.items() if entry.grid]:
+                raise ValueError(f"space.{named[0]}: a grid needs tune.search grid; {self.search} search takes choice")
+            return self
+        if ranges := [key for key, entry in self.space.items() if not entry.options]:
+            raise ValueError(f"space.{ranges[0]}: a grid search takes grid or choice, not a range")
+        if (size := prod(len(entry.options) for entry in self.space.values())) > self.trials:
+            raise ValueError(f"the grid has {size} points, tune.trials is {self.trials}: raise it or shorten the grid")
+        return self
+
+    @property
+    def planned_trials(self) -> int:
+        """How many trials the search runs: a grid's own size, else what is asked for."""
+        return prod(len(e.options) for e in self.space.values()) if self.search == "grid" else self.trials
 
 
 class WandbConfig(Section):
@@ -462,14 +496,14 @@ def _config_path(loc: Sequence[int | str], raw: Any) -> tuple[str, ...]:
 def _explain(problem: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
     kind, message = problem["type"], str(problem["msg"])
     if kind == "extra_forbidden":
-        valid = sorted(_valid_keys(path[:-1], raw))
+        valid = sorted({name for section in _sections_at(path[:-1], raw) for name in section.model_fields})
         near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
         return "unknown key" + (f", did you mean {near[0]!r}?" if near else f"; valid keys: {', '.join(valid)}")
     if kind == "missing":
         return "is missing and has no default"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         key = str(problem["ctx"]["discriminator"]).strip("'")
-        tags = [tag.strip(" '") for tag in str(problem["ctx"].get("expected_tags", "")).split(",") if tag.strip()]
+        tags = [tag for section in _sections_at(path, {}) for tag in get_args(section.model_fields[key].annotation)]
         given = problem["input"].get(key) if isinstance(problem["input"], dict) else problem["input"]
         near = difflib.get_close_matches(str(given), tags, n=1, cutoff=0.5)
         hint = f", did you mean {near[0]!r}?" if near else f"; known: {', '.join(tags)}" if tags else ""
@@ -480,8 +514,8 @@ def _explain(problem: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
     return message[0].lower() + message[1:] + shown
 
 
-def _valid_keys(path: Sequence[str], raw: Any) -> set[str]:
-    """Keys that the section at ``path`` accepts, following the tags that the user gave."""
+def _sections_at(path: Sequence[str], raw: Any) -> list[type[BaseModel]]:
+    """The sections that may stand at ``path``, narrowed by the tags that the user gave."""
     sections: list[type[BaseModel]] = [Config]
     current = raw
     for part in path:
@@ -490,7 +524,7 @@ def _valid_keys(path: Sequence[str], raw: Any) -> set[str]:
         sections = [model for field in fields for model in _models_of(field)]
         tagged = [model for model in sections if isinstance(current, dict) and _tag_matches(model, current)]
         sections = tagged or sections
-    return {name for section in sections for name in section.model_fields}
+    return sections
 
 
 def _models_of(field: FieldInfo | Any) -> list[type[BaseModel]]:

@@ -1,0 +1,171 @@
+"""What a search found: a row a trial, the front over parameters and over latency, and how sure its differences are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Status = Literal["completed", "stopped", "invalid", "infeasible", "failed"]
+
+_COLUMNS = {
+    "id": pa.int64(), "validation_accuracy": pa.float64(), "epochs": pa.int64(), "parameters": pa.int64(),
+    "seconds": pa.float64(), "status": pa.string(), "reason": pa.string(), "folder": pa.string(),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial. ``seconds`` is the training of its folder, whichever search did it; accuracy is its best epoch's."""
+
+    id: int
+    values: Mapping[str, Any]
+    validation_accuracy: float | None
+    epochs: int
+    parameters: int | None
+    seconds: float
+    status: Status
+    reason: str | None
+    folder: str | None
+
+
+def to_parquet(rows: Sequence[TrialRow], keys: Sequence[str]) -> pa.Buffer:
+    """The trials as a parquet file: id, a column for every searched key, then what was measured."""
+    columns: dict[str, pa.Array] = {"id": pa.array([row.id for row in rows], pa.int64())}
+    columns |= {key: _column([row.values.get(key) for row in rows]) for key in keys}
+    for name, kind in _COLUMNS.items():
+        columns[name] = pa.array([getattr(row, name) for row in rows], kind)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    return sink.getvalue()
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    """A typed column where the values share a type; else their JSON, so that any space makes a table."""
+    if not any(isinstance(value, dict) for value in values):
+        try:
+            return pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            pass
+    return pa.array([None if value is None else json.dumps(value) for value in values], pa.string())
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the (cost, gain) points that no other beats in both, by rising cost; of equal points the first."""
+    order = sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1], index))
+    best, kept = -math.inf, []
+    for index in order:
+        if points[index][1] > best:
+            best = points[index][1]
+            kept.append(index)
+    return kept
+
+
+def trial_front(rows: Sequence[TrialRow]) -> list[TrialRow]:
+    """Completed trials that no other beats in both parameters and validation accuracy, the smallest first."""
+    done = [(row, float(row.parameters or 0), row.validation_accuracy or 0.0) for row in rows if _is_done(row)]
+    return [done[index][0] for index in front([(cost, gain) for _, cost, gain in done])]
+
+
+def _is_done(row: TrialRow) -> bool:
+    return row.status == "completed" and row.validation_accuracy is not None
+
+
+def spread(front_rows: Sequence[TrialRow], count: int) -> list[TrialRow]:
+    """At most ``count`` rows of a front, its ends among them, evenly over the rest."""
+    if len(front_rows) <= count:
+        return list(front_rows)
+    if count == 1:
+        return [front_rows[-1]]
+    picked = {round(step * (len(front_rows) - 1) / (count - 1)) for step in range(count)}
+    return [front_rows[index] for index in sorted(picked)]
+
+
+def mean_std(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation over seeds; a single seed has no deviation."""
+    return {"mean": fmean(values), "std": stdev(values) if len(values) > 1 else None, "values": list(values)}
+
+
+def paired_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """Mean of ``ours - theirs`` seed by seed, with its 95 % interval from Student's t.
+
+    Paired, since a seed's initial weights and batch order are shared: that part of the spread cancels. An interval that
+    spans 0, or the lack of one, is "not resolved".
+    """
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, count = fmean(differences), len(differences)
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None, "seeds": count, "verdict": "not resolved"}
+    half = t_quantile_95(count - 1) * stdev(differences) / math.sqrt(count)
+    low, high = mean - half, mean + half
+    verdict = "not resolved" if low <= 0 <= high else "better" if mean > 0 else "worse"
+    return {"mean": mean, "low": low, "high": high, "seeds": count, "verdict": verdict}
+
+
+def t_quantile_95(degrees: int) -> float:
+    """The t with P(|T| <= t) = 0.95: 12.706 at 1 degree of freedom, 1.960 in the limit."""
+    low, high = 0.0, 13.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_within(middle, degrees) < 0.95 else (low, middle)
+    return (low + high) / 2
+
+
+def _t_within(t: float, degrees: int) -> float:
+    """P(|T| <= t) for whole degrees of freedom: a finite sum (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    theta = math.atan(t / math.sqrt(degrees))
+    sine, cosine = math.sin(theta), math.cos(theta)
+    odd = degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(1, (degrees - odd) // 2 + 1):
+        total += term
+        term *= cosine**2 * (2 * k if odd else 2 * k - 1) / (2 * k + 1 if odd else 2 * k)
+    return 2 / math.pi * (theta + sine * total) if odd else sine * total
+
+
+def finalist(students: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the summaries of a finalist's seeds say, beside those of its CE-only controls in the same order of seeds.
+
+    A finalist whose own loss is ``ce`` has no controls: it is its own.
+    """
+    ours = [float(summary["accuracy"]) for summary in students]
+    entry: dict[str, Any] = {
+        "test_accuracy": mean_std(ours), "latency_ms": fmean(float(s["latency_ms"]) for s in students),
+        "latency_of": students[0]["latency_of"], "bytes": students[0]["bytes"], "control": None, "difference": None,
+    }  # fmt: skip
+    if controls:
+        theirs = [float(summary["accuracy"]) for summary in controls]
+        entry |= {"control": mean_std(theirs), "difference": paired_difference(ours, theirs)}
+    return entry
+
+
+def pareto(front_rows: Sequence[TrialRow], finalists: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of ``pareto.json``: both fronts are chosen by validation accuracy, the test split only describes."""
+    points = [
+        {
+            "trial": row.id, "parameters": row.parameters, "validation_accuracy": row.validation_accuracy,
+            "values": dict(row.values), "folder": row.folder, "finalist": row.id in finalists,
+            **finalists.get(row.id, {}),
+        }
+        for row in front_rows
+    ]  # fmt: skip
+    measured = [point for point in points if point["finalist"]]
+    on_front = set(front([(p["latency_ms"], p["validation_accuracy"]) for p in measured]))
+    latency = [
+        {
+            "trial": p["trial"], "latency_ms": p["latency_ms"], "validation_accuracy": p["validation_accuracy"],
+            "test_accuracy": p["test_accuracy"]["mean"], "on_front": index in on_front,
+        }
+        for index, p in enumerate(measured)
+    ]  # fmt: skip
+    return {"chosen_by": "validation_accuracy", "front": points, "latency": sorted(latency, key=_latency)}
+
+
+def _latency(point: Mapping[str, Any]) -> float:
+    return float(point["latency_ms"])

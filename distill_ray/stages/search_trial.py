@@ -1,0 +1,132 @@
+"""One trial of a search, in its Ray Tune actor: the sampled student trains in its folder and reports every epoch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from distill_ray import artifacts
+from distill_ray.artifacts import Stage
+from distill_ray.config import Config, from_dict, to_dict
+from distill_ray.errors import DistillRayError
+from distill_ray.stages import progress, search_space
+from distill_ray.stages.context import write_stage_config
+from distill_ray.stages.search_space import METRIC, Inputs
+from distill_ray.storage import Folder
+
+_STOP_TIMEOUT_S = "60"
+
+
+def job_of(inputs: Inputs, threads: int) -> dict[str, Any]:
+    """What every trial is sent: the config and where the two stores are. No teacher."""
+    return {
+        "config": to_dict(inputs.config), "out": inputs.out.uri, "threads": threads,
+        "data": _travelling(inputs.data), "labels": _travelling(inputs.labels),
+    }  # fmt: skip
+
+
+def _travelling(stage: Stage) -> list[str]:
+    return [stage.name, stage.digest, stage.folder.uri]
+
+
+class _TakenError(Exception):
+    """Another trial, or another run, is training this very student."""
+
+
+def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+    """Runs in a Tune actor: train the sampled student, from wherever its folder stands, reporting every epoch."""
+    # A stopped trial's thread may take longer to end than Tune's 2 s; then Tune would fail the next, innocent trial
+    # of this actor. Set here, since only this process reads it.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = _STOP_TIMEOUT_S
+    config = from_dict(job["config"])
+    assert config.tune is not None
+    inputs = Inputs(config, Folder(job["out"]), _arrived(job["data"]), _arrived(job["labels"]))
+    trial = search_space.plan(inputs, search_space.decode(config.tune.space, sample))
+    if trial.status != "ready" or trial.config is None or trial.stage is None:
+        _report(0, 0.0, reason=trial.reason)  # epoch 0 is below ASHA's first rung: it cuts nobody
+        return
+    try:
+        with artifacts.exclusive(trial.stage, _do_not_wait):
+            _fit(trial.config, trial.stage, inputs, int(job["threads"]))
+    except _TakenError:
+        # Waiting would hold a CPU, for ever where the other is a stopped trial whose actor idles. The row of this
+        # trial is read from the shared folder at the end.
+        _report(0, _best(_history(trial.stage)))
+    except Exception as error:
+        # Told to Tune as a bad result, not as a crash: the actor stays, and Optuna learns to keep away.
+        _report(len(_history(trial.stage)), 0.0, reason=_reason(error))
+
+
+def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
+    import torch
+
+    from distill_ray.stages import model_folder
+    from distill_ray.store import open_store
+    from distill_ray.training import FitSpec, Worker, fit
+
+    history, section = _history(target), config.student
+    for row in history:
+        _report(int(row["epoch"]), _best(history[: int(row["epoch"])]))
+    if len(history) >= section.train.epochs:
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = model_folder.resolve_precision(target.folder, section.train.precision, device)
+    seed = section.seeds[0]
+    where = {"precision": precision, "threads": threads, "device": device.type}
+    write_stage_config(target, to_dict(section) | {"seed": seed}, where)
+    model = model_folder.model_spec(open_store(inputs.data.folder).data_manifest, section.model)
+    train, validation = _splits(inputs.data.folder, inputs.labels.folder)
+
+    def on_epoch(row: dict[str, float]) -> None:
+        history.append(row)
+        if len(history) < section.train.epochs:  # the last is told when the model is written: a report can be the end
+            _report(int(row["epoch"]), _best(history))
+
+    spec = FitSpec(model, section.train, section.loss, seed, precision)
+    fit(spec, train, validation, target.folder, Worker(threads=threads, device=device), on_epoch)
+    _report(section.train.epochs, _best(_history(target)))
+
+
+@lru_cache(maxsize=1)
+def _splits(data: Folder, labels: Folder) -> tuple[Any, Any]:
+    """Train and validation rows, read once an actor: actors are reused from trial to trial."""
+    from distill_ray.store import open_store, read_split
+
+    stores = open_store(data), open_store(labels)
+    return read_split(stores[0], "train", stores[1]), read_split(stores[0], "validation", stores[1])
+
+
+def _report(epoch: int, accuracy: float, reason: str | None = None) -> None:
+    """Tell Tune. ``accuracy`` is the best so far, since the best epoch's weights are what a student keeps.
+
+    Where the scheduler stops the trial, this raises SystemExit.
+    """
+    from ray import tune as ray_tune
+
+    ray_tune.report({"epoch": epoch, METRIC: accuracy, **({"reason": reason} if reason else {})})
+
+
+def _best(history: Sequence[Mapping[str, float]]) -> float:
+    return max((row["validation_accuracy"] for row in history), default=0.0)
+
+
+def _history(target: Stage) -> progress.History:
+    return progress.read_history(target.folder)
+
+
+def _arrived(travelling: Sequence[str]) -> Stage:
+    name, digest, uri = travelling
+    return Stage(name, digest, Folder(uri))  # type: ignore[arg-type]
+
+
+def _do_not_wait(message: str) -> None:
+    raise _TakenError(message)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, DistillRayError):
+        return str(error)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

@@ -1,0 +1,367 @@
+"""The search: what a space means, what the front and its intervals are, and one whole search through the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from distill_ray import training
+from distill_ray.artifacts import Stage, exclusive
+from distill_ray.config import StudentConfig, TuneConfig, from_dict, to_dict
+from distill_ray.errors import RunError, UserError
+from distill_ray.stages import search_results, search_space, search_trial
+from distill_ray.stages.search_results import TrialRow
+from distill_ray.storage import Folder
+from tests.harness import Finished, distill_ray, only, write_config
+
+# A grid of 6: two students, one above max_parameters, and three whose temperature is no temperature.
+SEARCH: dict[str, Any] = {
+    "name": "search",
+    "data": {"source": "glyph62", "rows": 620, "shard_rows": 620},
+    "teacher": {"model": {"name": "mlp", "hidden": [32]}, "train": {"epochs": 1, "batch_size": 64}},
+    "labels": {"precision": "fp32"},
+    "student": {
+        "model": {"name": "mlp", "hidden": [4]},
+        "train": {"epochs": 2, "batch_size": 64, "precision": "fp32"},
+    },
+    "tune": {
+        "space": {"model.hidden": {"grid": [[4], [8], [900]]}, "loss.temperature": {"choice": [2.0, -1.0]}},
+        "search": "grid", "scheduler": "none", "seeds": 1, "max_parameters": 100_000,
+    },
+    "tracking": {"wandb": {"mode": "disabled"}},
+}  # fmt: skip
+
+KD_STUDENT = StudentConfig.model_validate({"model": {"name": "char_cnn"}, "loss": {"name": "kd", "alpha": 0.5}})
+
+
+# --- the space --------------------------------------------------------------------------------------------------------
+
+
+def space(**entries: Any) -> TuneConfig:
+    return TuneConfig.model_validate({"space": {key.replace("__", "."): value for key, value in entries.items()}})
+
+
+def test_values_are_laid_over_the_student() -> None:
+    values = {"model.channels": [2, 4], "loss.temperature": 4.0, "train.lr": 0.01, "train.epochs": 3.0}
+    student = search_space.lay_over(KD_STUDENT, values)
+    assert to_dict(student.model) == {"name": "char_cnn", "channels": [2, 4], "hidden": [512, 128]}
+    assert to_dict(student.loss) == {"name": "kd", "temperature": 4.0, "alpha": 0.5}
+    assert (student.train.lr, student.train.epochs) == (0.01, 3)
+    assert KD_STUDENT.train.lr == 1e-3
+
+
+def test_a_kind_takes_only_the_keys_that_it_has() -> None:
+    values = {"loss.name": "ce", "loss.temperature": 4.0, "model": {"name": "mlp"}, "model.hidden": [7]}
+    student = search_space.lay_over(KD_STUDENT, values)
+    assert to_dict(student.loss) == {"name": "ce"}
+    assert to_dict(student.model) == {"name": "mlp", "hidden": [7]}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"loss.temperature": -1.0}, "loss.kd.temperature: Input should be greater than 0"),
+        ({"model": {"name": "mlp", "widths": [3]}}, "model.mlp.widths"),
+        ({"model": 3, "model.hidden": [3]}, "model.hidden: model holds a value, not a section"),
+        ({"train.warmup_epochs": 9}, "leaves nothing of the 8 epochs"),
+    ],
+)
+def test_an_invalid_student_says_why(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        search_space.lay_over(KD_STUDENT, values)
+
+
+def test_options_are_drawn_by_number_and_steps_are_round() -> None:
+    config = space(model__hidden={"choice": [[4], [8, 8]]}, loss__alpha={"quniform": [0, 1, 0.1]})
+    drawn = {"model.hidden": 1, "loss.alpha": 0.1 + 0.2}
+    assert search_space.decode(config.space, drawn) == {"model.hidden": [8, 8], "loss.alpha": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("model.chanels", "did you mean 'model.channels'"),
+        ("loss.temprature", "did you mean 'loss.temperature'"),
+        ("epochs", "did you mean 'train.epochs'"),
+        ("seeds", "no key of the student that can be searched"),
+    ],
+)
+def test_a_key_that_is_none_names_the_nearest(key: str, near: str) -> None:
+    with pytest.raises(UserError, match=near):
+        search_space.check(KD_STUDENT, space(**{key: {"choice": [1]}}))
+
+
+def test_a_key_of_another_kind_is_known_where_the_kind_is_searched() -> None:
+    base = KD_STUDENT.model_copy(update={"loss": search_space.lay_over(KD_STUDENT, {"loss.name": "ce"}).loss})
+    temperature = {"uniform": [1, 4]}
+    with pytest.raises(UserError, match="'loss.temperature' is no key"):
+        search_space.check(base, space(loss__temperature=temperature))
+    search_space.check(base, space(loss__temperature=temperature, loss__name={"choice": ["ce", "kd"]}))
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"space": {"train.lr": {"grid": [1]}}}, "a grid needs tune.search grid"),
+        ({"space": {"train.lr": {"uniform": [1, 2]}}, "search": "grid"}, "takes grid or choice, not a range"),
+        ({"space": {"train.lr": {"grid": [1, 2, 3]}}, "search": "grid", "trials": 2}, "the grid has 3 points"),
+        ({"space": {"train.lr": {"quniform": [0, 1, 0.3]}}}, "must be multiples of its step"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused(section: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        from_dict(SEARCH | {"tune": section})
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def trial(number: int, accuracy: float, parameters: int, **other: Any) -> TrialRow:
+    return TrialRow(number, {}, accuracy, 1, parameters, 1.0, other.pop("status", "completed"), None, "folder")
+
+
+def test_the_front_holds_what_nothing_beats_in_both() -> None:
+    points = [(10.0, 0.5), (20.0, 0.4), (30.0, 0.9), (10.0, 0.5), (5.0, 0.1), (30.0, 0.8)]
+    assert search_results.front(points) == [4, 0, 2]
+    rows = [trial(0, 0.5, 10), trial(1, 0.9, 5, status="stopped"), trial(2, 0.7, 20), trial(3, 0.6, 30)]
+    assert [row.id for row in search_results.trial_front(rows)] == [0, 2]
+
+
+def test_finalists_are_spread_and_keep_the_ends() -> None:
+    rows = [trial(number, number / 10, number) for number in range(8)]
+    assert [row.id for row in search_results.spread(rows, 4)] == [0, 2, 5, 7]
+    assert [row.id for row in search_results.spread(rows[:3], 4)] == [0, 1, 2]
+    assert [row.id for row in search_results.spread(rows, 1)] == [7]
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262)])
+def test_t_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
+    assert search_results.t_quantile_95(degrees) == pytest.approx(quantile, abs=5e-4)
+
+
+def test_t_approaches_the_normal_distribution() -> None:
+    assert search_results.t_quantile_95(29) == pytest.approx(2.045, abs=5e-4)
+    assert search_results.t_quantile_95(10_000) == pytest.approx(1.960, abs=5e-4)
+
+
+def test_paired_differences() -> None:
+    # Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(2) = 4.303: 2 +- 2.484.
+    wide = search_results.paired_difference([2, 4, 6], [1, 2, 3])
+    assert (wide["low"], wide["high"]) == pytest.approx((-0.484, 4.484), abs=1e-3)
+    assert wide["verdict"] == "not resolved"
+    assert search_results.paired_difference([2.0, 2.1, 2.2], [1, 1.1, 1.1])["verdict"] == "better"
+    assert search_results.paired_difference([1, 1.1, 1.1], [2.0, 2.1, 2.2])["verdict"] == "worse"
+    assert search_results.paired_difference([2.0], [1.0]) == {
+        "mean": 1.0, "low": None, "high": None, "seeds": 1, "verdict": "not resolved",
+    }  # fmt: skip
+
+
+def test_columns_of_any_space_make_a_table() -> None:
+    values: list[dict[str, Any]] = [{"a": [4], "b": 1, "c": {"name": "mlp"}}, {"a": [8, 8], "b": "x"}]
+    rows = [TrialRow(n, v, None, 0, None, 0.0, "invalid", "why", None) for n, v in enumerate(values)]
+    table = pq.read_table(search_results.to_parquet(rows, ["a", "b", "c"]))
+    assert table.column("a").to_pylist() == [[4], [8, 8]]
+    assert table.column("b").to_pylist() == ["1", '"x"']
+    assert table.column("c").to_pylist() == ['{"name": "mlp"}', None]
+
+
+# --- a whole search ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Search:
+    config: Path
+    out: Path
+    finished: Finished
+
+    @property
+    def folder(self) -> Path:
+        return only(self.out, "artifacts/tune-*")
+
+    @property
+    def trials(self) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = pq.read_table(self.folder / "trials.parquet").to_pylist()
+        return rows
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Search:
+    root = tmp_path_factory.mktemp("search")
+    config, out = write_config(root, SEARCH), root / "runs"
+    finished = distill_ray("tune", config, "--out", out, "--json")
+    assert finished.code == 0, finished.stderr
+    return Search(config, out, finished)
+
+
+def test_every_trial_has_its_row(search: Search) -> None:
+    rows = search.trials
+    assert [row["id"] for row in rows] == list(range(6))
+    found = {(row["model.hidden"][0], row["loss.temperature"]): row for row in rows}
+    assert {key: row["status"] for key, row in found.items()} == {
+        (4, 2.0): "completed", (8, 2.0): "completed", (900, 2.0): "infeasible",
+        (4, -1.0): "invalid", (8, -1.0): "invalid", (900, -1.0): "invalid",
+    }  # fmt: skip
+    assert found[4, 2.0]["parameters"] == 1024 * 4 + 4 + 4 * 62 + 62
+    assert found[4, 2.0]["epochs"] == 2
+    assert 0 <= found[4, 2.0]["validation_accuracy"] <= 1
+    assert found[900, 2.0]["reason"] == f"{found[900, 2.0]['parameters']} parameters, tune.max_parameters is 100000"
+    assert found[4, -1.0]["reason"].startswith("loss.kd.temperature: Input should be greater than 0")
+
+
+def test_the_front_and_the_summary(search: Search) -> None:
+    pareto = json.loads((search.folder / "pareto.json").read_text())
+    rows = {row["id"]: row for row in search.trials}
+    assert pareto["front"], "a front has at least one point"
+    for point in pareto["front"]:
+        assert (point["finalist"], rows[point["trial"]]["status"]) == (True, "completed")
+        tested = json.loads((Path(point["folder"]) / "summary.json").read_text())
+        assert point["test_accuracy"]["values"] == [tested["accuracy"]]
+        assert len(point["control"]["values"]) == 1
+        assert point["difference"]["verdict"] == "not resolved"  # one seed resolves nothing
+    assert sorted(p["latency_ms"] for p in pareto["latency"]) == [p["latency_ms"] for p in pareto["latency"]]
+    summary = json.loads((search.folder / "summary.json").read_text())
+    assert summary["counts"] == {"completed": 2, "infeasible": 1, "invalid": 3}
+    assert (summary["trials"], summary["teacher_passes"], summary["teacher_passes_without_labels"]) == (6, 0, 4)
+    assert search.finished.answer["tune"]["best"] == summary["best"]
+    assert len(search.finished.stdout.splitlines()) == 1, "Ray Tune is silent"
+
+
+def test_only_finalists_met_the_test_split(search: Search) -> None:
+    front = {point["folder"] for point in search.finished.answer["tune"]["front"]}
+    trained = {row["folder"] for row in search.trials if row["status"] == "completed"}
+    assert {folder for folder in trained if (Path(folder) / "summary.json").exists()} == front
+
+
+def test_a_finished_search_trains_nothing(search: Search) -> None:
+    again = distill_ray("tune", search.config, "--out", search.out, "--json")
+    assert again.code == 0, again.stderr
+    assert {stage["status"] for stage in again.answer["stages"]} == {"reused"}
+    assert again.answer["tune"] == search.finished.answer["tune"]
+
+
+def test_a_trial_is_the_student_of_the_same_config(search: Search) -> None:
+    point = search.finished.answer["tune"]["front"][0]
+    overrides = [f"student.{key}={json.dumps(value)}" for key, value in point["values"].items()]
+    student = distill_ray("student", search.config, *overrides, "--out", search.out, "--json")
+    assert student.code == 0, student.stderr
+    stages = {stage["role"]: stage for stage in student.answer["stages"] if stage["name"] == "student"}
+    assert (stages["student"]["folder"], stages["student"]["status"]) == (point["folder"], "reused")
+    assert stages["control"]["status"] == "reused"
+
+
+def test_an_unknown_key_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    section = SEARCH["tune"] | {"space": {"model.hiden": {"grid": [[4]]}}}
+    finished = distill_ray("tune", write_config(tmp_path, SEARCH | {"tune": section}), "--out", tmp_path / "runs")
+    assert finished.code == 2
+    assert "did you mean 'model.hidden'?" in finished.stderr
+    assert not (tmp_path / "runs" / "artifacts").exists()
+
+
+# --- one trial, in this process, on the stores of that search ---------------------------------------------------------
+
+
+@dataclass
+class Reports:
+    """Stands in for Tune's side of a trial."""
+
+    rows: list[tuple[int, float, str | None]]
+    stop_at: int | None = None
+
+    def __call__(self, epoch: int, accuracy: float, reason: str | None = None) -> None:
+        self.rows.append((epoch, accuracy, reason))
+        if epoch == self.stop_at:
+            raise SystemExit  # as Tune's session does where the scheduler stops a trial
+
+    @property
+    def epochs(self) -> list[int]:
+        return [epoch for epoch, _, _ in self.rows]
+
+
+@pytest.fixture
+def run_trial(search: Search, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Reports, Folder]]:
+    """Runs one trial of the searched stores, with its own temperature, until it ends or is stopped."""
+
+    def run(temperature: float, stop_at: int | None = None) -> tuple[Reports, Folder]:
+        inputs = inputs_of(search, {"loss.temperature": {"uniform": [1, 9]}})
+        reports = Reports([], stop_at)
+        monkeypatch.setattr(search_trial, "_report", reports)
+        monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "")  # restored after the test
+        with nullcontext() if stop_at is None else pytest.raises(SystemExit):
+            search_trial.train_trial({"loss.temperature": temperature}, search_trial.job_of(inputs, threads=1))
+        stage = search_space.plan(inputs, {"loss.temperature": temperature}).stage
+        assert stage is not None
+        return reports, stage.folder
+
+    return run
+
+
+def inputs_of(search: Search, space: dict[str, Any]) -> search_space.Inputs:
+    """The stores of the search, under another space."""
+    config = from_dict(SEARCH | {"tune": SEARCH["tune"] | {"space": space, "search": "random"}})
+    data, labels = only(search.out, "artifacts/data-*"), only(search.out, "artifacts/labels-*")
+    return search_space.Inputs(
+        config,
+        Folder.at(search.out),
+        Stage("data", data.name.partition("-")[2], Folder.at(data)),
+        Stage("labels", labels.name.partition("-")[2], Folder.at(labels)),
+    )
+
+
+def test_values_that_the_student_does_not_have_are_not_its_own(search: Search) -> None:
+    inputs = inputs_of(search, {"loss.name": {"choice": ["ce", "kd"]}, "loss.temperature": {"uniform": [1, 9]}})
+    hard, soft = (search_space.plan(inputs, {"loss.name": n, "loss.temperature": 4.0}) for n in ("ce", "kd"))
+    assert hard.values == {"loss.name": "ce"}
+    assert soft.values == {"loss.name": "kd", "loss.temperature": 4.0}
+    assert (hard.status, soft.status) == ("ready", "ready")
+    assert hard.stage != soft.stage
+
+
+def test_a_stopped_trial_goes_on_where_it_stood(run_trial: Callable[..., tuple[Reports, Folder]]) -> None:
+    stopped, folder = run_trial(5.0, stop_at=1)
+    assert stopped.epochs == [1]
+    assert not folder.exists("model.safetensors")
+    first_epoch = folder.read_bytes("metrics.jsonl")
+    resumed, _ = run_trial(5.0)
+    assert resumed.epochs == [1, 2]
+    assert folder.read_bytes("metrics.jsonl").startswith(first_epoch)
+    assert folder.exists("model.safetensors")
+    assert not folder.exists("summary.json"), "a trial never looks at the test split"
+
+
+def test_a_trained_trial_only_reports(
+    run_trial: Callable[..., tuple[Reports, Folder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = run_trial(6.0)
+    monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("trained again"))
+    again, _ = run_trial(6.0)
+    assert again.rows == first.rows
+
+
+def test_a_trial_that_raises_says_why(
+    run_trial: Callable[..., tuple[Reports, Folder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: Any) -> None:
+        raise RunError("the loss is not finite at step 3")
+
+    monkeypatch.setattr(training, "fit", diverge)
+    failed, _ = run_trial(7.0)
+    assert failed.rows == [(0, 0.0, "the loss is not finite at step 3")]
+
+
+def test_a_student_that_another_trains_is_not_waited_for(
+    run_trial: Callable[..., tuple[Reports, Folder]], search: Search
+) -> None:
+    inputs = inputs_of(search, {"loss.temperature": {"uniform": [1, 9]}})
+    stage = search_space.plan(inputs, {"loss.temperature": 8.0}).stage
+    assert stage is not None
+    with exclusive(stage, lambda message: pytest.fail(message)):
+        twin, folder = run_trial(8.0)
+    assert twin.rows == [(0, 0.0, None)]
+    assert not folder.exists("metrics.jsonl")
