@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make .venv first, with the pinned versions.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit slow clean
+.PHONY: help setup demo test lint types unit slow schema clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -13,6 +13,7 @@ help:
 	@echo "make demo    the whole pipeline on the embedded synthetic data (about 2 minutes on 2 cores)"
 	@echo "make test    lint, types, tests"
 	@echo "make slow    the tests that take minutes each"
+	@echo "make schema  write tune_configs/schema.json anew"
 	@echo "make clean   remove $(VENV) and caches; runs/ stays"
 
 setup: $(STAMP)
@@ -43,3 +44,6 @@ slow: setup
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+schema: setup
+	$(BIN)/python -c 'import json; from distill_ray.config import json_schema; print(json.dumps(json_schema(), indent=1))' > tune_configs/schema.json

@@ -245,6 +245,13 @@ def _silence_native_stderr() -> None:
     sys.stderr = kept
 
 
+def worker_device() -> Any:
+    """The torch device of this Ray task or actor: a GPU only where Ray has assigned one, whatever the node has."""
+    import torch
+
+    return torch.device("cuda" if _import_ray().get_gpu_ids() else "cpu")
+
+
 def _live_nodes() -> list[Node]:
     found = [node["Resources"] for node in _import_ray().nodes() if node["Alive"]]
     return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in found]
@@ -266,8 +273,6 @@ def _import_ray() -> Any:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")  # reports wait for this poll; the default is 2 s
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     import ray
 
     return ray

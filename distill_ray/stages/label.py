@@ -124,7 +124,7 @@ def check_precision(folder: Folder, asked: Any, teacher: str, weights: str, data
     from distill_ray.models import load_model
     from distill_ray.stages import model_folder
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = runtime.worker_device()
     resolved = model_folder.resolve_precision(folder, asked, device)
     model = load_model(Folder(teacher), expected_sha256=weights).to(device)
     store = open_store(Folder(data))
@@ -152,7 +152,7 @@ class Labeller:
         from distill_ray.models import load_model
 
         torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = runtime.worker_device()
         self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)
         self._data, self._folder = open_store(Folder(data)), Folder(folder)
         self._precision, self._batch_size = precision, batch_size

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from distill_ray import artifacts
+from distill_ray import artifacts, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, from_dict, to_dict
 from distill_ray.errors import DistillRayError
@@ -60,7 +60,6 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
 
 
 def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
-    import torch
 
     from distill_ray.stages import model_folder
     from distill_ray.store import open_store
@@ -71,7 +70,7 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
         _report(int(row["epoch"]), _best(history[: int(row["epoch"])]))
     if len(history) >= section.train.epochs:
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = runtime.worker_device()
     precision = model_folder.resolve_precision(target.folder, section.train.precision, device)
     seed = section.seeds[0]
     where = {"precision": precision, "threads": threads, "device": device.type}

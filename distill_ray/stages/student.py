@@ -197,10 +197,9 @@ def finish_student(job: Mapping[str, Any]) -> float:
 
 
 def _unpack(job: Mapping[str, Any]) -> tuple[Config, Stage, Any]:
-    import torch
 
     name, digest, uri = job["stage"]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = runtime.worker_device()
     return from_dict(job["config"]), Stage(name, digest, Folder(uri)), device
 
 
