@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,14 @@ class SmallRun:
     config: Path
     out: Path
     finished: Finished
+
+
+@pytest.fixture
+def own_copy(small_run: SmallRun, tmp_path: Path) -> SmallRun:
+    """The finished small run in a folder that a test may change."""
+    out = tmp_path / "own_copy"
+    shutil.copytree(small_run.out, out)
+    return SmallRun(small_run.config, out, small_run.finished)
 
 
 @pytest.fixture(scope="session")

@@ -66,16 +66,13 @@ def test_interrupted_says_so_in_one_line_and_leaves_a_run_that_continues(tmp_pat
     assert list(out.glob("artifacts/teacher-*/checkpoints/*.safetensors"))
 
 
-def test_a_damaged_stage_folder_is_made_again_and_the_others_are_not(small_run: SmallRun, tmp_path: Path) -> None:
+def test_a_damaged_stage_folder_is_made_again_and_the_others_are_not(own_copy: SmallRun) -> None:
     """A truncated manifest, as a disk that lost its tail would leave it, in a copy of the finished run."""
-    import shutil
-
-    out = tmp_path / "runs"
-    shutil.copytree(small_run.out, out)
+    out = own_copy.out
     manifest = only(out, "artifacts/labels-*/manifest.json")
     manifest.write_bytes(manifest.read_bytes()[:100])
     shards = _label_shards(out)
-    done = distill_ray("label", small_run.config, "--out", out, "--json")
+    done = distill_ray("label", own_copy.config, "--out", out, "--json")
     assert done.code == 0, done.stderr
     assert [(s["name"], s["status"]) for s in done.answer["stages"]] == [
         ("prepare", "reused"),

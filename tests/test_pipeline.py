@@ -28,7 +28,7 @@ def test_run_leaves_the_folders_and_keys_of_the_contract(small_run: SmallRun) ->
     artifacts = small_run.out / "artifacts"
     for pattern, files in {
         "data-*": {"manifest.json"},
-        "labels-*": {"manifest.json"},
+        "labels-*": {"manifest.json", "config.yaml"},
         "teacher-*": {"config.yaml", "metrics.jsonl", "summary.json", "model.safetensors", "model.json"},
     }.items():
         assert files <= {path.name for path in only(artifacts, pattern).iterdir()}
@@ -59,6 +59,7 @@ def test_one_epoch_is_one_line_with_the_parts_of_the_loss(small_run: SmallRun) -
 def test_stored_labels_are_the_teachers_logits_row_by_row(small_run: SmallRun) -> None:
     """Against a bare PyTorch loop that knows nothing of stores, views or the input contract's code."""
     artifacts = small_run.out / "artifacts"
+    labels = next(stage["folder"] for stage in small_run.finished.answer["stages"] if stage["name"] == "label")
     weights = load_file(only(artifacts, "teacher-*") / "model.safetensors")
 
     def teacher(x: torch.Tensor) -> torch.Tensor:
@@ -71,7 +72,7 @@ def test_stored_labels_are_the_teachers_logits_row_by_row(small_run: SmallRun) -
         return x @ weights["linears.1.weight"].T + weights["linears.1.bias"]
 
     stored: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.float16]]] = {}
-    for path in only(artifacts, "labels-*").glob("*.arrow"):
+    for path in Path(labels).glob("*.arrow"):
         table = pa.ipc.open_file(path).read_all()
         logits = table["logits"].combine_chunks().flatten().to_numpy().reshape(-1, 62)
         stored.update(zip(table["row_id"].to_pylist(), logits, strict=True))
@@ -86,6 +87,35 @@ def test_stored_labels_are_the_teachers_logits_row_by_row(small_run: SmallRun) -
         assert np.allclose(ours, expected.numpy(), rtol=2**-11, atol=1e-4)
         seen += len(ours)
     assert seen == len(stored) == 1860
+
+
+def test_bf16_labels_are_a_bare_loop_in_bf16_and_their_distance_from_fp32_is_in_the_manifest(
+    own_copy: SmallRun, tmp_path: Path
+) -> None:
+    """Another precision is another label store of the same teacher; emulated where the processor has no bf16."""
+    config = write_config(tmp_path, SMALL_RUN | {"labels": {"precision": "bf16", "batch_size": 64}})
+    done = command("label", config, "--out", own_copy.out, "--json")
+    assert done.code == 0, done.stderr
+    statuses = {stage["name"]: stage for stage in done.answer["stages"]}
+    assert (statuses["teacher"]["status"], statuses["label"]["status"]) == ("reused", "ran")
+    labels = open_store(statuses["label"]["folder"])
+    check = labels.label_manifest.precision_check
+    assert labels.label_manifest.precision == "bf16"
+    assert check["rows"] > 0
+    assert 0 < check["max_abs_difference"] < 1
+    assert 0 <= check["kl"] < 0.01
+    assert 0.9 < check["top1_agreement"] <= 1
+    teacher = distill_ray.load_model(statuses["teacher"]["folder"])
+    data = open_store(statuses["prepare"]["folder"])
+    for record in data.manifest.splits["train"].shards[:5]:
+        rows = data.data_shard(record)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            bare = torch.cat([teacher(batch).float() for batch in torch.from_numpy(rows.inputs.copy()).split(64)])  # type: ignore[no-untyped-call]
+        bare -= bare.max(dim=1, keepdim=True).values
+        twin = next(shard for shard in labels.manifest.splits["train"].shards if shard.index == record.index)
+        stored = labels.label_shard(twin)
+        assert np.array_equal(stored.row_ids, rows.row_ids)
+        assert np.allclose(stored.logits.astype(np.float32), bare.numpy(), rtol=2**-11, atol=1e-4)
 
 
 def test_loaded_student_gives_the_logits_and_the_accuracy_of_the_table(small_run: SmallRun) -> None:
@@ -121,11 +151,11 @@ def test_the_same_command_again_runs_nothing_and_imports_neither_torch_nor_ray(s
     assert again.stderr.splitlines()[-1] == "[]"
 
 
-def test_another_run_shares_the_teacher_and_its_labels(small_run: SmallRun, tmp_path: Path) -> None:
+def test_another_run_shares_the_teacher_and_its_labels(own_copy: SmallRun, tmp_path: Path) -> None:
     """Another name, temperature and batch size of labelling: only a new student is trained."""
     other = SMALL_RUN | {"name": "warmer", "labels": {"precision": "fp32", "batch_size": 32}}
     config = write_config(tmp_path, other)
-    done = command("run", config, "student.loss.temperature=4", "--out", small_run.out, "--json")
+    done = command("run", config, "student.loss.temperature=4", "--out", own_copy.out, "--json")
     assert done.code == 0, done.stderr
     assert [(stage["name"], stage["status"]) for stage in done.answer["stages"]] == [
         ("prepare", "reused"),
