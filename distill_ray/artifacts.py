@@ -32,6 +32,7 @@ MARKERS: Mapping[StageName, str] = {
 # Files of a teacher's or student's folder.
 WEIGHTS_FILE, SPEC_FILE = "model.safetensors", "model.json"
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
+History = list[dict[str, float]]  # what metrics.jsonl holds: one row an epoch, in order
 _DIGEST_CHARS = 16
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: one safetensors file an epoch, named by its own checksum.
 
 A file whose content does not match its name is not whole, whatever killed its writer, and is passed over. Kept are the
-last two and the best. Nothing is pickled: the optimizer's tensors lie beside the weights, the rest is JSON in the
-header.
+last two, and the best as of each of them. Nothing is pickled: the optimizer's tensors lie beside the weights, the rest
+is JSON in the header.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from distill_ray.artifacts import History
 from distill_ray.storage import Folder
 
 _NAME = re.compile(r"^epoch-(?P<epoch>\d{5})-(?P<checksum>[0-9a-f]{16})\.safetensors$")
 _MODEL, _OPTIMIZER, _HEADER = "model.", "optimizer.", "distill_ray"
-
-History = list[dict[str, float]]  # one row an epoch, in order; row e is epoch e + 1
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,12 @@ class Checkpoint:
     scaler: dict[str, Any]
     history: History
     best_epoch: int
+
+
+def best_epoch(history: History) -> int:
+    """The epoch of the best validation accuracy, the earliest of equals."""
+    accuracies = [row["validation_accuracy"] for row in history]
+    return 1 + accuracies.index(max(accuracies))
 
 
 def save(folder: Folder, checkpoint: Checkpoint) -> None:
@@ -106,8 +111,10 @@ def _epochs(folder: Folder) -> dict[int, list[str]]:
 
 
 def _drop_old(folder: Folder, newest: Checkpoint) -> None:
-    keep = {newest.epoch, newest.epoch - 1, newest.best_epoch}
+    # The previous checkpoint is only of use with its own best epoch, which may not be the newest's.
+    before = newest.history[:-1]
+    keep = {newest.epoch, newest.epoch - 1, newest.best_epoch, best_epoch(before) if before else 0}
     for epoch, names in _epochs(folder).items():
-        if epoch not in keep:
+        if epoch not in keep and epoch < newest.epoch:  # later ones are another writer's
             for name in names:
                 folder.delete(name)

@@ -89,7 +89,7 @@ def _context(path: Path, overrides: list[str], options: _Options) -> Iterator[Co
     out = Folder.at(options.out)
     check_writable(out)
     reporter = Reporter(quiet=options.quiet)
-    session = Session(config.cluster, debug=options.debug)
+    session = Session(config, out, debug=options.debug)
     run_folder = out / config.name
     directory = run_folder.path if run_folder.is_local else Path(tempfile.gettempdir()) / "distill-ray-wandb"
     tracker = Tracker(config.tracking.wandb, config.name, directory, reporter.warn)

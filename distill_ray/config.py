@@ -39,6 +39,15 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, raw: Any) -> Any:
+        # No key is a boolean, and pydantic would take true for the number 1.
+        for key, value in raw.items() if isinstance(raw, dict) else ():
+            if isinstance(value, bool):
+                raise ValueError(f"{key} must be a number, a word or a section, got {str(value).lower()}")
+        return raw
+
 
 # --- data -----------------------------------------------------------------------------------------------------------
 
@@ -543,7 +552,12 @@ def _tag_matches(model: type[BaseModel], raw: Mapping[str, Any]) -> bool:
 
 
 def _absolute_paths(config: Config) -> Config:
-    if isinstance(config.data, IdxData) and "://" not in config.data.path:
-        data = config.data.model_copy(update={"path": str(Path(config.data.path).expanduser().resolve())})
+    if isinstance(config.data, IdxData):
+        path = config.data.path.removeprefix("file://")
+        if "://" in path:
+            raise UserError(
+                "data.path: source idx reads local files, this is a URI: copy the folder to a local path"
+            )
+        data = config.data.model_copy(update={"path": str(Path(path).expanduser().resolve())})
         return config.model_copy(update={"data": data})
     return config

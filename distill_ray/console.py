@@ -25,7 +25,6 @@ class Reporter:
 
     quiet: bool = False
     _stderr: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, soft_wrap=True))
-    _last_plain: float = 0.0
 
     def line(self, text: str) -> None:
         """One line of news."""

@@ -1,83 +1,83 @@
-"""The Ray edge: connect, look at what is there, place work. Ray is imported here and in the stages, nowhere else."""
+"""The Ray edge: connect, look at what is there, tell what failed. Ray is imported here and in the stages alone."""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from distill_ray.config import ClusterConfig
+from distill_ray import placing
+from distill_ray.config import Config, IdxData
 from distill_ray.errors import RunError, UserError
+from distill_ray.placing import Node
+from distill_ray.storage import Folder
 
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
 _CONNECT_TIMEOUT_S = 10.0
-_MAX_CPUS_PER_MODEL = 8  # beyond this, more threads do not speed up models of the sizes trained here
-
-
-@dataclass(frozen=True)
-class Node:
-    """What one live node offers."""
-
-    cpus: float
-    gpus: float
-
-
-@dataclass(frozen=True)
-class Placement:
-    """``workers`` processes, each with so many CPUs (its threads) and GPUs."""
-
-    workers: int
-    cpus: int
-    gpus: float
-
-    def resources(self) -> dict[str, float]:
-        """As Ray's schedulers want it."""
-        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+_NODE_CHECK_TIMEOUT_S = 60.0  # a task on every node: a worker process to start, no more
 
 
 class Session:
     """One Ray session for all stages of a run, started by the first stage that needs it."""
 
-    def __init__(self, cluster: ClusterConfig, *, debug: bool = False) -> None:
-        self.cluster = cluster
-        self._debug = debug
+    def __init__(self, config: Config, out: Folder, *, debug: bool = False) -> None:
+        self._config, self._out, self._debug = config, out, debug
         self._nodes: list[Node] | None = None
 
     def start(self) -> list[Node]:
         """Connect, or start a private local cluster; returns the live nodes.
 
         Raises:
-            UserError: no cluster answers at the address, or it does not have what the config asks for. Ray itself would
-                wait for such resources without end.
+            UserError: no cluster answers at the address, it does not have what the config asks for, or one of its nodes
+                does not see ``--out`` or the source.
         """
         if self._nodes is None:
-            ray = _import_ray()
-            address = self.address
             if not self._debug:
                 _silence_native_stderr()
-            if address != "local":
-                _check_answers(address)
-            on_sigterm = signal.getsignal(signal.SIGTERM)
-            try:
-                ray.init(
-                    address=address, log_to_driver=self._debug, include_dashboard=False if address == "local" else None,
-                    logging_level=logging.INFO if self._debug else logging.ERROR, configure_logging=True,
-                )  # fmt: skip
-            except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"cluster.address {address}: no Ray session could be started ({reason})") from error
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGTERM, on_sigterm)  # ray.init puts its own in place, which exits with 15
+            if self.address != "local":
+                _check_answers(self.address)
+            self._init()
             self._nodes = _live_nodes()
-            preflight(self.cluster, self._nodes)
+            placing.preflight(self._config, self._nodes)
+            check_every_node(self._out, self._source_path())
+            check_cuda(placing.independent(self._config.cluster, self._nodes, 1).gpus)
         return self._nodes
+
+    def _init(self) -> None:
+        """``ray.init``, which replaces the handler of SIGTERM by one that exits with 15, at once and for good."""
+        ray = _import_ray()
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(
+                address=self.address, log_to_driver=self._debug, configure_logging=True,
+                include_dashboard=False if self.address == "local" else None,
+                logging_level=logging.INFO if self._debug else logging.ERROR,
+            )  # fmt: skip
+        except SystemExit:
+            ray.shutdown()
+            raise KeyboardInterrupt from None
+        except Exception as error:  # a raylet that does not start is a plain Exception
+            ray.shutdown()
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"cluster.address {self.address}: no Ray session could be started ({reason})") from error
+        except KeyboardInterrupt:
+            ray.shutdown()
+            raise
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_sigterm)
+
+    def _source_path(self) -> str | None:
+        data = self._config.data
+        return data.path if isinstance(data, IdxData) else None
 
     @property
     def address(self) -> str:
@@ -85,7 +85,8 @@ class Session:
 
         Inside a submitted job RAY_ADDRESS is set: "local" would leave the job on the head node, silently.
         """
-        return (os.environ.get("RAY_ADDRESS") or "local") if self.cluster.address == "auto" else self.cluster.address
+        asked = self._config.cluster.address
+        return (os.environ.get("RAY_ADDRESS") or "local") if asked == "auto" else asked
 
     @property
     def started(self) -> bool:
@@ -94,7 +95,7 @@ class Session:
 
     def close(self) -> None:
         """Leave the cluster, ending a private one."""
-        if self._nodes is not None:
+        if "ray" in sys.modules:
             self._nodes = None
             _import_ray().shutdown()
 
@@ -104,6 +105,69 @@ class Session:
         cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
         where = "private local cluster" if self.address == "local" else self.address
         return f"Ray: {where}, {len(nodes)} node{'s'[: len(nodes) != 1]}, {cpus:g} CPUs, {gpus:g} GPUs"
+
+
+def check_every_node(out: Folder, source: str | None) -> None:
+    """Where there is more than one node: each must read a token from ``out``, write one back, and see the source.
+
+    Raises:
+        UserError: names the node and the path that it does not share.
+    """
+    ray = _import_ray()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    if len(nodes) < 2:
+        return
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    token = f"node-check-{secrets.token_hex(4)}"
+    out.write_text(token, token)
+    task = ray.remote(num_cpus=0, max_retries=0)(_sees)
+    names = {}
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        answer = task.options(scheduling_strategy=here).remote(out, token, f"{token}-{node['NodeID']}", source)
+        names[answer] = (node["NodeManagerAddress"], f"{token}-{node['NodeID']}")
+    try:
+        done, late = ray.wait(list(names), num_returns=len(names), timeout=_NODE_CHECK_TIMEOUT_S)
+        if late:
+            raise UserError(f"cluster: node {names[late[0]][0]} did not answer within {_NODE_CHECK_TIMEOUT_S:.0f} s")
+        for answer in done:
+            address, written = names[answer]
+            problem = ray.get(answer) or (None if out.exists(written) else f"--out {out}: is a folder of its own there")
+            if problem:
+                raise UserError(f"node {address}: {problem}: use storage that every node sees under the same path")
+    finally:
+        for name in (token, *(written for _, written in names.values())):
+            out.delete(name)
+
+
+def _sees(out: Folder, token: str, written: str, source: str | None) -> str | None:
+    """Runs on a node: what it does not see, None where all is well."""
+    try:
+        if out.read_bytes(token).decode() != token:
+            return f"--out {out}: reads back differently there"
+        out.write_text(written, written)
+    except OSError as error:
+        return f"--out {out}: is not shared with it ({error.strerror or error})"
+    if source is not None and "://" not in source and not Path(source).exists():
+        return f"data.path {source}: is not there"
+    return None
+
+
+def check_cuda(gpus: float) -> None:
+    """Where workers get GPUs: their torch must be a CUDA build.
+
+    Raises:
+        UserError: it is not.
+    """
+    if gpus:
+        ray = _import_ray()
+        try:
+            ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(worker_device).remote(), timeout=_NODE_CHECK_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            return  # the GPUs are busy with other work: the stages wait for them as anyone does
+        except Exception as error:
+            raise as_run_error("cluster", error) from error
 
 
 def data() -> Any:
@@ -116,57 +180,6 @@ def data() -> Any:
     options.enable_progress_bars = False
     options.print_on_execution_start = False
     return ray.data
-
-
-def preflight(cluster: ClusterConfig, nodes: Sequence[Node]) -> None:
-    """Refuse, before any work, what no stage could be given.
-
-    Raises:
-        UserError: says what is asked for, what is there, and which key to change.
-    """
-    training_placement(cluster, nodes)
-    labelling_placement(cluster, nodes, shards=1)
-    student_placement(cluster, nodes, students=1)
-
-
-def training_placement(cluster: ClusterConfig, nodes: Sequence[Node]) -> Placement:
-    """Where the workers of one data-parallel model go: a GPU each, or else a node each.
-
-    Raises:
-        UserError: the nodes do not have what the config asks for.
-    """
-    gpus = _gpus_per_worker(cluster, nodes)
-    if gpus:
-        usable = [node for node in nodes if node.gpus >= gpus]
-        workers = cluster.workers if cluster.workers != "auto" else max(1, sum(int(n.gpus // gpus) for n in usable))
-    else:
-        usable = [node for node in nodes if node.cpus >= 1]
-        workers = cluster.workers if cluster.workers != "auto" else max(1, len(usable))
-    cpus = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else _most_cpus(usable, workers, gpus)
-    _require(nodes, Placement(workers, cpus, gpus))
-    return Placement(workers, cpus, gpus)
-
-
-def labelling_placement(cluster: ClusterConfig, nodes: Sequence[Node], shards: int) -> Placement:
-    """Labelling actors: one a GPU (or fraction of it), else one a CPU with one thread each, at most one a shard."""
-    gpus = _gpus_per_worker(cluster, nodes)
-    per_node = [int(node.gpus // gpus) if gpus else int(node.cpus) for node in nodes]
-    placement = Placement(max(1, min(shards, sum(per_node))), 1, gpus)
-    _require(nodes, placement)
-    return placement
-
-
-def student_placement(cluster: ClusterConfig, nodes: Sequence[Node], students: int) -> Placement:
-    """One worker a student; the CPUs are divided over the students that the config asks for, trained side by side.
-
-    Deliberately not a function of how many are left to train: the thread count must not change when a run continues.
-    """
-    gpus = _gpus_per_worker(cluster, nodes)
-    total = int(sum(node.cpus for node in nodes))
-    share = max(1, min(total // max(1, students), int(max(node.cpus for node in nodes)), _MAX_CPUS_PER_MODEL))
-    cpus = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else share
-    _require(nodes, Placement(1, cpus, gpus))
-    return Placement(1, cpus, gpus)
 
 
 def as_run_error(stage: str, error: BaseException) -> RunError | UserError:
@@ -198,37 +211,6 @@ def _first_worker_failure(error: BaseException) -> BaseException | None:
     return next(iter(failures.values()), None) if isinstance(failures, dict) else None
 
 
-def _gpus_per_worker(cluster: ClusterConfig, nodes: Sequence[Node]) -> float:
-    if cluster.gpus_per_worker != "auto":
-        return cluster.gpus_per_worker
-    return 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
-
-
-def _most_cpus(nodes: Sequence[Node], workers: int, gpus: float) -> int:
-    """The most CPUs each of ``workers`` can have."""
-    most = int(max((node.cpus for node in nodes), default=1))
-    fitting = [cpus for cpus in range(1, most + 1) if _fits(nodes, Placement(workers, cpus, gpus)) >= workers]
-    return max(fitting, default=1)
-
-
-def _fits(nodes: Sequence[Node], placement: Placement) -> int:
-    return sum(
-        int(min(node.cpus // placement.cpus, node.gpus // placement.gpus if placement.gpus else float("inf")))
-        for node in nodes
-    )
-
-
-def _require(nodes: Sequence[Node], placement: Placement) -> None:
-    if _fits(nodes, placement) >= placement.workers:
-        return
-    each = f"{placement.cpus} CPUs" + (f" and {placement.gpus:g} GPUs" if placement.gpus else "")
-    there = ", ".join(f"{node.cpus:g} CPUs / {node.gpus:g} GPUs" for node in nodes) or "no nodes"
-    raise UserError(
-        f"cluster: {placement.workers} worker(s) with {each} each are asked for, the cluster has {there}: lower "
-        "cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
-    )
-
-
 @cache
 def _silence_native_stderr() -> None:
     """Send what C++ code writes to file descriptor 2 to /dev/null; Python's ``sys.stderr`` keeps its place.
@@ -249,7 +231,13 @@ def worker_device() -> Any:
     """The torch device of this Ray task or actor: a GPU only where Ray has assigned one, whatever the node has."""
     import torch
 
-    return torch.device("cuda" if _import_ray().get_gpu_ids() else "cpu")
+    if not _import_ray().get_gpu_ids():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "this node has GPUs, but its torch sees none: install its CUDA build, or set cluster.gpus_per_worker=0"
+        )
+    return torch.device("cuda")
 
 
 def _live_nodes() -> list[Node]:

@@ -32,9 +32,15 @@ class Folder:
 
     @classmethod
     def at(cls, location: str | Path) -> Folder:
-        """The folder at a path (made absolute) or URI."""
-        text = str(location)
+        """The folder at a path (made absolute) or URI.
+
+        Raises:
+            UserError: a URI that carries a user name or password: it would stand in logs, tables and artifacts.
+        """
+        text = str(location).removeprefix("file://")
         if "://" in text:
+            if "@" in text.split("://", 1)[1].split("/", 1)[0]:
+                raise UserError("a URI with credentials in it: leave them out, and set them in the environment")
             return cls(text.rstrip("/"))
         return cls(str(Path(text).expanduser().absolute()))
 

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias, cast
 from distill_ray.config import WandbConfig
 
 _CLOSE_TIMEOUT_S = 60.0  # what an upload may take after the run's own work is done
+_ABANDON_TIMEOUT_S = 3.0
 _INIT_TIMEOUT_S = 20.0
 _RESULT_PREFIX = "@distill_ray "  # our lines on the child's stdout, told from anything W&B may print
 
@@ -57,9 +58,9 @@ class Tracker:
         self._child = None
 
     def abandon(self) -> None:
-        """Stop at once: the run was interrupted, nobody waits for an upload."""
+        """Stop soon: the run was interrupted. What was logged is still written, nobody waits for an upload."""
         if self._child is not None:
-            self._child.close(0)
+            self._child.close(_ABANDON_TIMEOUT_S)
         self._child = None
 
     @property

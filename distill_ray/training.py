@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distill_ray import checkpoints, losses, precision
-from distill_ray.artifacts import METRICS_FILE
-from distill_ray.checkpoints import Checkpoint, History
+from distill_ray.artifacts import METRICS_FILE, History
+from distill_ray.checkpoints import Checkpoint
 from distill_ray.config import CeLoss, KdLoss, TrainConfig
 from distill_ray.errors import RunError
 from distill_ray.metrics import ValidationMetrics
@@ -93,7 +93,20 @@ def fit(
             raise RunError(f"out of GPU memory with train.batch_size {spec.train.batch_size}: lower it") from None
         state.finish_epoch(epoch, row, folder)
         on_epoch(row)
-    return state.export(folder) if worker.rank == 0 else None
+    return export_best(spec.model, folder) if worker.rank == 0 else None
+
+
+def export_best(model: ModelSpec, folder: Folder) -> FitResult:
+    """Write the model of the best epoch of the training in ``folder``, from its checkpoints.
+
+    Raises:
+        RunError: there is no whole checkpoint.
+    """
+    newest = checkpoints.latest(folder / CHECKPOINTS)
+    best = checkpoints.at(folder / CHECKPOINTS, newest.best_epoch) if newest is not None else None
+    if newest is None or best is None:
+        raise RunError(f"{folder / CHECKPOINTS}: holds no whole checkpoint; run the command again")
+    return FitResult(save_model(folder, model, best.model), newest.best_epoch, newest.history)
 
 
 class _Rows:
@@ -155,6 +168,8 @@ class _State:
 
     @classmethod
     def start(cls, spec: FitSpec, folder: Folder, worker: Worker) -> _State:
+        if worker.rank == 0:
+            folder.sweep_temporaries()
         torch.manual_seed(spec.seed)
         classifier = spec.model.build().to(worker.device)
         saved = checkpoints.latest(folder)
@@ -174,11 +189,9 @@ class _State:
         return cls(spec, worker, folder, classifier, model, optimizer, scaler, history, best_epoch)
 
     def finish_epoch(self, epoch: int, row: dict[str, float], folder: Folder) -> None:
-        """Checkpoint, then the epoch's line: a line that stands in metrics.jsonl is never trained again."""
+        """Checkpoint, then the epoch's line: what stands in metrics.jsonl has its checkpoint."""
         self.history = [*self.history, row]
-        accuracy = row["validation_accuracy"]
-        if self.best_epoch == 0 or accuracy > self.history[self.best_epoch - 1]["validation_accuracy"]:
-            self.best_epoch = epoch
+        self.best_epoch = checkpoints.best_epoch(self.history)
         if self.worker.rank == 0:
             net, optimizer, scaler = (
                 self.classifier.net.state_dict(),
@@ -187,14 +200,6 @@ class _State:
             )
             checkpoints.save(self.checkpoints, Checkpoint(epoch, net, optimizer, scaler, self.history, self.best_epoch))
             folder.write_text(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.history))
-
-    def export(self, folder: Folder) -> FitResult:
-        best = checkpoints.at(self.checkpoints, self.best_epoch)
-        if best is None:
-            raise RunError(
-                f"{self.checkpoints}: the checkpoint of epoch {self.best_epoch} is gone; run the command again"
-            )
-        return FitResult(save_model(folder, self.spec.model, best.model), self.best_epoch, self.history)
 
 
 def _train_epoch(state: _State, rows: _Rows, epoch: int) -> dict[str, float]:

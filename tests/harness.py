@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ RUN_TIMEOUT_S = 300  # a bound for a hang, not a measure of speed
 
 SMALL_RUN: dict[str, Any] = {
     "name": "small",
-    "data": {"source": "glyph62", "rows": 1860, "shard_rows": 64},
+    "data": {"source": "glyph62", "rows": 1860, "shard_rows": 20},
     "teacher": {
         "model": {"name": "char_cnn", "channels": [8, 16], "hidden": [64]},
         "train": {"epochs": 6, "batch_size": 64, "precision": "fp32", "lr": 0.002},
@@ -59,7 +60,7 @@ def write_config(folder: Path, config: dict[str, Any], name: str = "config.yaml"
 def environment(**extra: str) -> dict[str, str]:
     """Ours, without what could make W&B or Ray look elsewhere."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "RAY_")) and k != "DISTILL_RAY_DEBUG"}
-    return kept | extra
+    return kept | {"WANDB_MODE": "offline"} | extra  # whatever account the person who runs the tests has
 
 
 def distill_ray(*arguments: str | Path, timeout_s: float = RUN_TIMEOUT_S, **env: str) -> Finished:
@@ -68,6 +69,78 @@ def distill_ray(*arguments: str | Path, timeout_s: float = RUN_TIMEOUT_S, **env:
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, env=environment(**env)
     )
     return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def with_processes(arguments: Sequence[str | Path], act: Callable[[int, str], None]) -> Finished:
+    """Run the command to its end, calling ``act(pid, title)`` for each process that appears below it."""
+    seen: set[tuple[int, str]] = set()
+    with subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                for pid, title in set(_descendants(process.pid)) - seen:
+                    seen.add((pid, title))
+                    with suppress(ProcessLookupError):
+                        act(pid, title)
+                time.sleep(0.005)
+            out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, out, err)
+
+
+def kill_workers(
+    arguments: Sequence[str | Path], victims: Sequence[tuple[Callable[[], bool], str]], **env: str
+) -> tuple[Finished, list[str]]:
+    """Run the command to its end; at each point of ``victims`` SIGKILL one of its processes whose title has the text.
+
+    Returns also the titles of the processes that were killed.
+    """
+    killed: list[str] = []
+    with subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(**env),
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        try:
+            for reached, title in victims:
+                while process.poll() is None and time.monotonic() < deadline:
+                    found = [(pid, t) for pid, t in _descendants(process.pid) if title in t] if reached() else []
+                    if found:
+                        os.kill(found[0][0], signal.SIGKILL)
+                        killed.append(found[0][1])
+                        break
+                    time.sleep(0.01)
+            out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, out, err), killed
+
+
+def _descendants(root: int) -> list[tuple[int, str]]:
+    """(pid, title) of all processes below ``root``, from /proc."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+        except (OSError, IndexError):
+            continue  # ended meanwhile
+    below = {root}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    return [(pid, title) for pid in sorted(below - {root}) if (title := _title(pid))]
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def stop_when(arguments: Sequence[str | Path], reached: Callable[[], bool], how: signal.Signals) -> Finished:

@@ -48,7 +48,7 @@ def context_of(out: Folder | Path, config: Config | None = None) -> Context:
     config = config or from_dict(RUN)
     folder = out if isinstance(out, Folder) else Folder.at(out)
     tracker = Tracker(config.tracking.wandb, config.name, Path("unused"), lambda text: None)
-    return Context(config, folder, Reporter(quiet=True), Session(config.cluster), tracker)
+    return Context(config, folder, Reporter(quiet=True), Session(config, folder), tracker)
 
 
 def finish_run(out: Path) -> Context:

@@ -17,6 +17,7 @@ import pytest
 
 from distill_ray import artifacts, config
 from distill_ray.config import Section, digest_payload, setting
+from distill_ray.errors import UserError
 from distill_ray.sources import open_source
 from distill_ray.storage import Folder, check_writable
 
@@ -48,6 +49,40 @@ def test_prepare_names_its_folder_so_too() -> None:
 
     loaded = config.load(ROOT / "tune_configs" / "smoke.yaml")
     assert prepare.locate(loaded, Folder.at("/out")) == data_stage("smoke")
+
+
+# Of the whole chain, with a teacher whose weights are said to have the checksum 00...
+GOLDEN_CHAIN = {
+    "glyph62": {
+        "teacher": "1678d214189b96dd", "labels": "4193c652ae1b08d9", "student": "7961e372141c6da0",
+        "control": "fc015a366cc5c2c5",
+    },
+    "smoke": {
+        "teacher": "53edb706591b2ef4", "labels": "599366c256ca73a2", "student": "b5d1aba12f3d8130",
+        "control": "1f23b9c928d7cd1b",
+    },
+    "smoke_search": {
+        "teacher": "1039b589c46ee752", "labels": "ab8defa14709ec17", "student": "ce3a8272006cd0b3",
+        "control": "ce0596a4a0ad383f", "tune": "baf4b1be4363a446",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDEN_CHAIN)
+def test_all_folders_of_shipped_configs_keep_their_names(name: str, tmp_path: Path) -> None:
+    from distill_ray.stages import label, prepare, student, teacher, tune
+    from distill_ray.stages.search_space import Inputs
+
+    loaded, out = config.load(ROOT / "tune_configs" / f"{name}.yaml"), Folder.at(tmp_path)
+    data = prepare.locate(loaded, out)
+    model = teacher.locate(loaded, out, data)
+    model.folder.write_json(model.marker, {"weights_sha256": "0" * 64})
+    labels = label.locate(loaded, out, data, model)
+    found = {"teacher": model.digest, "labels": labels.digest}
+    found |= {one.role: one.stage.digest for one in student.students_of(loaded, out, data, labels)}
+    if loaded.tune is not None:
+        found["tune"] = tune.locate(Inputs(loaded, out, data, labels)).digest
+    assert found == GOLDEN_CHAIN[name]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +298,17 @@ def test_exclusive_lets_go_when_the_work_fails(tmp_path: Path) -> None:
 
 
 def test_exclusive_does_not_lock_object_stores(tmp_path: Path) -> None:
-    stage = artifacts.stage(Folder.at(f"file://{tmp_path}"), "data", {"x": 1})
+    stage = artifacts.stage(Folder(f"file://{tmp_path}"), "data", {"x": 1})
     with artifacts.exclusive(stage, print), artifacts.exclusive(stage, print):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+# --- where a folder is ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_uri_is_a_local_folder_and_credentials_in_a_uri_are_refused(tmp_path: Path) -> None:
+    assert Folder.at(f"file://{tmp_path}/runs") == Folder.at(tmp_path / "runs")
+    with pytest.raises(UserError, match="credentials") as caught:
+        Folder.at("s3://KEY:CANARY@bucket/runs")
+    assert "CANARY" not in str(caught.value)

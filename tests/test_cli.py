@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import resource
+import select
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness import COMMAND, SMALL_RUN, distill_ray, environment, write_config
+from tests.harness import COMMAND, RUN_TIMEOUT_S, SMALL_RUN, distill_ray, environment, with_processes, write_config
 
 TINY: dict[str, Any] = {**SMALL_RUN, "name": "tiny"}
 
@@ -40,6 +41,9 @@ def _assert_one_line(code: int, stderr: str, expected_code: int, *parts: str) ->
         ("data.shard_rows=1000000", ["data.shard_rows", "100 MiB", "at most"]),
         ("data.input.shape=[3, 32, 32]", ["data.input.shape", "[3, 32, 32]", "[1, 32, 32]"]),
         ("data.rows=61", ["data.rows", "62"]),
+        ("data.split.fractions=[0.9, 0.1, 0.0]", ["data.split.fractions", "no rows", "test"]),
+        ("teacher.train.epochs=true", ["teacher.train.epochs", "true"]),
+        ("data={source: idx, path: s3://bucket/images}", ["data.path", "URI"]),
     ],
 )
 def test_a_bad_config_is_one_line_and_exit_2(tmp_path: Path, override: str, parts: list[str]) -> None:
@@ -69,6 +73,7 @@ def test_out_that_cannot_be_written(tmp_path: Path) -> None:
         ("cluster.gpus_per_worker=1", ["1 GPUs", "0 GPUs", "cluster.gpus_per_worker"]),
         ("cluster.cpus_per_worker=4096", ["4096 CPUs", "cluster.cpus_per_worker"]),
         ("cluster.workers=4096", ["4096 worker(s)", "cluster.workers"]),
+        ("student.train.precision=fp16", ["student.train.precision", "fp16 needs a GPU"]),
         ("cluster.address=127.0.0.1:1", ["127.0.0.1:1", "nothing answers"]),
     ],
 )
@@ -136,19 +141,17 @@ def test_a_damaged_source_names_the_file(tmp_path: Path, damage: Callable[[Path]
 
 
 def test_a_disk_that_fills_up_is_one_line_and_the_next_run_continues(tmp_path: Path) -> None:
-    """RLIMIT_FSIZE stands for the full disk: the kernel refuses the write in the worker that makes the shard."""
+    """RLIMIT_FSIZE on Ray's worker processes stands for the full disk: the kernel refuses the write of the shard."""
     config = write_config(tmp_path, TINY | {"data": {"source": "glyph62", "rows": 1860, "shard_rows": 930}})
-    shard_bytes = 930 * 1024
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (shard_bytes // 2, resource.RLIM_INFINITY))
+    def limit_workers(pid: int, title: str) -> None:
+        if title.startswith("ray::"):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (930 * 1024 // 2, resource.RLIM_INFINITY))
 
-    full = subprocess.run(
-        [*COMMAND, "prepare", str(config), "--out", str(tmp_path / "runs")],
-        capture_output=True, text=True, timeout=120, env=environment(), preexec_fn=limit,
-    )  # fmt: skip
-    _assert_one_line(full.returncode, full.stderr, 1)
+    full = with_processes(["prepare", config, "--out", tmp_path / "runs"], limit_workers)
+    _assert_one_line(full.code, full.stderr, 1, "File too large", "the same command continues")
     assert not list(tmp_path.glob("runs/artifacts/data-*/manifest.json"))
+    assert not list(tmp_path.glob("runs/artifacts/data-*/*.arrow"))
     done = distill_ray("prepare", config, "--out", tmp_path / "runs", "--json")
     assert done.code == 0, done.stderr
     assert done.answer["stages"][0]["status"] == "ran"
@@ -182,8 +185,10 @@ def test_a_terminal_sees_bars_and_a_pipe_sees_lines(tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=theirs, env=environment(TERM="xterm"),
     ) as process:  # fmt: skip
         os.close(theirs)
-        seen = b""
-        while True:
+        seen, deadline = b"", time.monotonic() + RUN_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if not select.select([ours], [], [], 1.0)[0]:
+                continue
             try:
                 chunk = os.read(ours, 65536)
             except OSError:  # the other side is closed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill_ray import config as configs
@@ -122,6 +122,7 @@ def test_the_dumped_config_loads_to_the_same_config(tmp_path: Path) -> None:
     assert configs.from_dict(yaml.safe_load(configs.to_yaml(configs.to_dict(config)))) == config
 
 
+@settings(deadline=None)
 @given(epochs=st.integers(1, 99), seeds=st.lists(st.integers(0, 9), min_size=1, unique=True))
 def test_the_digest_payload_covers_what_changes_the_result_and_nothing_else(epochs: int, seeds: list[int]) -> None:
     def payload(**changes: Any) -> dict[str, Any]:

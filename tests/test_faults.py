@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SmallRun
-from tests.harness import SMALL_RUN, distill_ray, epochs_done, only, stop_when, write_config
+from tests.harness import SMALL_RUN, distill_ray, epochs_done, kill_workers, only, stop_when, write_config
 
 
 def _weights(out: Path) -> dict[str, str]:
@@ -55,6 +55,27 @@ def test_killed_in_every_stage_and_finished_by_the_same_command(small_run: Small
         assert ours["kl_to_teacher"] == pytest.approx(theirs["kl_to_teacher"], abs=1e-6)
 
 
+def test_a_worker_killed_in_every_stage_costs_no_more_than_its_epoch_or_shard(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
+    """Ray starts the process again within the same command, and the end is that of the run that nobody disturbed."""
+    config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
+    finished, killed = kill_workers(
+        ["run", config, "--out", out, "--json"],
+        [
+            (lambda: epochs_done(out, "teacher") >= 2, "RayTrainWorker"),
+            (lambda: len(_label_shards(out)) >= 2, "MapWorker"),
+            (lambda: epochs_done(out, "student") >= 2, "train_student"),
+        ],
+    )
+    assert finished.code == 0, finished.stderr
+    assert len(killed) == 3, killed
+    assert _weights(out) == _weights(small_run.out)
+    assert {s["name"]: s["status"] for s in finished.answer["stages"]} == dict.fromkeys(
+        ("prepare", "teacher", "label", "student"), "ran"
+    )
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_says_so_in_one_line_and_leaves_a_run_that_continues(tmp_path: Path, how: signal.Signals) -> None:
     config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
@@ -64,6 +85,16 @@ def test_interrupted_says_so_in_one_line_and_leaves_a_run_that_continues(tmp_pat
     assert "Traceback" not in stopped.stderr
     assert only(out, "artifacts/data-*/manifest.json").exists()
     assert list(out.glob("artifacts/teacher-*/checkpoints/*.safetensors"))
+
+
+def test_a_diverging_teacher_ends_in_one_line_also_on_two_workers(tmp_path: Path) -> None:
+    """Every rank fails, and Ray Train must not try again what will fail again."""
+    config = write_config(tmp_path, SMALL_RUN | {"cluster": {"workers": 2, "cpus_per_worker": 1}})
+    done = distill_ray("teacher", config, "teacher.train.lr=1e30", "--out", tmp_path / "runs")
+    assert done.code == 1, done.stderr
+    assert "distill-ray: teacher: the loss is not finite at step" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("runs/artifacts/teacher-*/failure.json"))
+    assert list(tmp_path.glob("runs/artifacts/data-*/manifest.json"))
 
 
 def test_a_damaged_stage_folder_is_made_again_and_the_others_are_not(own_copy: SmallRun) -> None:

@@ -48,33 +48,6 @@ def runs(*accuracies: tuple[float | None, float | None]) -> list[dict[str, Any]]
 # --- what distillation did ------------------------------------------------------------------------------------------
 
 
-def inside(t: float, degrees: int, steps: int = 2000) -> float:
-    """The share of Student's t within [-t, t], from the density's formula by Simpson's rule."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    heights = [scale * (1 + (i * t / steps) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(steps + 1)]
-    area: float = (heights[0] + 4 * sum(heights[1::2]) + 2 * sum(heights[2:-1:2]) + heights[-1]) * t / steps / 3
-    return 2 * area
-
-
-def test_the_quantiles_are_the_distributions_to_three_decimals() -> None:
-    assert len(report.T_95) == 30
-    for degrees, quantile in enumerate(report.T_95, start=1):
-        below, above = inside(quantile - 0.0005, degrees), inside(quantile + 0.0005, degrees)
-        assert below <= 0.95 <= above, f"{degrees} degrees of freedom: {quantile}"
-
-
-def test_interval_of_a_worked_example() -> None:
-    low, high = report.t_interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    half = 2.776 * math.sqrt(2.5 / 5)
-    assert (low, high) == pytest.approx((3 - half, 3 + half))
-
-
-def test_many_seeds_use_the_last_quantile() -> None:
-    values = [0.0, 1.0] * 50
-    low, high = report.t_interval(values)
-    assert high - low == pytest.approx(2 * 2.042 * math.sqrt(25 / 99) / 10)
-
-
 def test_one_seed_claims_no_spread() -> None:
     first, last = report.verdict(runs((0.3675, 0.43)))
     assert "right on 36.75 % of the test rows, its control on 43.00 %" in first
@@ -235,7 +208,7 @@ def test_values_that_were_not_measured_are_not_invented(finished: Context, summa
 
 def test_the_report_goes_to_a_uri(finished: Context, summary: dict[str, Any], tmp_path: Path, html: str) -> None:
     (tmp_path / "tiny").mkdir()
-    location = report.write_report(context_of(Folder.at(f"file://{tmp_path}")), summary)
+    location = report.write_report(context_of(Folder(f"file://{tmp_path}")), summary)
     assert location == f"file://{tmp_path}/tiny/report.html"
     assert (tmp_path / "tiny" / "report.html").read_text() == html
 

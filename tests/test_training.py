@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +132,26 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, 
     newest.write_bytes(b"" if damage == "empty" else data if damage == "flip" else data[: len(data) // 2])
     epochs: list[float] = []
     again = _fit(spec, tmp_path / "hurt", on_epoch=lambda row: epochs.append(row["epoch"]))
-    assert epochs
-    assert epochs[-1] == 3
+    assert epochs == [3.0]
     assert again.weights_sha256 == whole.weights_sha256
+
+
+def test_the_checkpoint_before_is_of_use_when_the_newest_is_the_best_and_damaged(tmp_path: Path) -> None:
+    """Accuracies 0.5, 0.9, 0.7, 0.8, 0.95: epoch 4 needs epoch 2, its best, to continue from."""
+    _fit(_spec(epochs=1), tmp_path)
+    folder = Folder.at(tmp_path / "checkpoints")
+    first = checkpoints.at(folder, 1)
+    assert first is not None
+    history: list[dict[str, float]] = []
+    for epoch, accuracy in enumerate((0.5, 0.9, 0.7, 0.8, 0.95), start=1):
+        history = [*history, {"epoch": epoch, "validation_accuracy": accuracy}]
+        best = checkpoints.best_epoch(history)
+        checkpoints.save(folder, replace(first, epoch=epoch, history=history, best_epoch=best))
+    newest = max((tmp_path / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-7])
+    found = checkpoints.latest(folder)
+    assert found is not None
+    assert (found.epoch, found.best_epoch) == (4, 2)
 
 
 def test_checkpoints_round_trip(tmp_path: Path) -> None:

@@ -141,28 +141,6 @@ def test_finalists_are_spread_and_keep_the_ends() -> None:
     assert [row.id for row in search_results.spread(rows, 1)] == [7]
 
 
-@pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262)])
-def test_t_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
-    assert search_results.t_quantile_95(degrees) == pytest.approx(quantile, abs=5e-4)
-
-
-def test_t_approaches_the_normal_distribution() -> None:
-    assert search_results.t_quantile_95(29) == pytest.approx(2.045, abs=5e-4)
-    assert search_results.t_quantile_95(10_000) == pytest.approx(1.960, abs=5e-4)
-
-
-def test_paired_differences() -> None:
-    # Differences 1, 2, 3: mean 2, standard error 1/sqrt(3), t(2) = 4.303: 2 +- 2.484.
-    wide = search_results.paired_difference([2, 4, 6], [1, 2, 3])
-    assert (wide["low"], wide["high"]) == pytest.approx((-0.484, 4.484), abs=1e-3)
-    assert wide["verdict"] == "not resolved"
-    assert search_results.paired_difference([2.0, 2.1, 2.2], [1, 1.1, 1.1])["verdict"] == "better"
-    assert search_results.paired_difference([1, 1.1, 1.1], [2.0, 2.1, 2.2])["verdict"] == "worse"
-    assert search_results.paired_difference([2.0], [1.0]) == {
-        "mean": 1.0, "low": None, "high": None, "seeds": 1, "verdict": "not resolved",
-    }  # fmt: skip
-
-
 def test_columns_of_any_space_make_a_table() -> None:
     values: list[dict[str, Any]] = [{"a": [4], "b": 1, "c": {"name": "mlp"}}, {"a": [8, 8], "b": "x"}]
     rows = [TrialRow(n, v, None, 0, None, 0.0, "invalid", "why", None) for n, v in enumerate(values)]

@@ -401,7 +401,7 @@ def test_a_manifest_cut_anywhere_is_told_in_one_line(data: Store, share: float) 
 
 
 def test_any_uri_that_arrow_takes_will_do(labels: Store) -> None:
-    answer = verify(Folder.at(f"file://{labels.folder.path}"), QUIET)
+    answer = verify(Folder(f"file://{labels.folder.path}"), QUIET)
     assert answer["accuracy"] == 1.0
     assert answer["data"] == f"file://{labels.folder.path.parent}/data-{stores.DATA_DIGEST}"
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from distill_ray.config import DataBase, Glyph62Data, IdxData
-from distill_ray.sources.base import Examples, Source, SourceInfo
+from distill_ray.sources.base import SPLITS, Examples, Source, SourceInfo
 from distill_ray.sources.glyph62 import Glyph62Source
 from distill_ray.sources.idx import IdxSource
 
-__all__ = ["Examples", "Source", "SourceInfo", "open_source"]
+__all__ = ["SPLITS", "Examples", "Source", "SourceInfo", "open_source"]
 
 
 def open_source(config: DataBase) -> Source:

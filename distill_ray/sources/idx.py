@@ -65,8 +65,13 @@ class IdxSource:
     def __init__(self, config: IdxData) -> None:
         self._config = config
         self._folder = Path(config.path)
-        if not self._folder.is_dir():
-            what = "is a file, not a folder" if self._folder.exists() else "no such folder"
+        try:
+            readable = self._folder.is_dir() and next(self._folder.iterdir(), None) is not None
+            what = "is a file, not a folder" if self._folder.is_file() else "no such folder"
+            what = "is empty" if self._folder.is_dir() else what
+        except OSError as error:
+            readable, what = False, f"cannot be read ({error.strerror})"
+        if not readable:
             raise UserError(f"data.path {self._folder}: {what}; it must hold the four idx files of an MNIST-like set")
         fractions = config.split.fractions or _FRACTIONS
         if len(fractions) == 3 and fractions[2] != 0:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_ray import __version__, artifacts, runtime
+from distill_ray import __version__, artifacts, placing, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, digest_payload
 from distill_ray.errors import RunError
+from distill_ray.placing import Placement
 from distill_ray.stages import prepare, teacher
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.stages.shard_job import ShardPlan, keep_finished, run_shards, sweep_orphans
@@ -53,7 +54,7 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     ]
     records, todo = keep_finished(target.folder, plans)
     nodes = context.session.start()
-    placement = runtime.labelling_placement(context.config.cluster, nodes, max(1, len(todo)))
+    placement = placing.independent(context.config.cluster, nodes, max(1, len(todo)))
     arguments: dict[str, Any] = {"teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri}
     check = _resolve(context, target, arguments, placement)
     write_stage_config(target, config_section(context.config, "labels"), {"precision": check["precision"]})
@@ -86,7 +87,7 @@ def _stream(
     done: int,
     total: int,
     arguments: Mapping[str, Any],
-    placement: runtime.Placement,
+    placement: Placement,
 ) -> list[ShardRecord]:
     records: list[ShardRecord] = []
     items = [plan.item(record=plan.payload["record"]) for plan in todo]
@@ -100,9 +101,7 @@ def _stream(
     return records
 
 
-def _resolve(
-    context: Context, target: Stage, arguments: dict[str, Any], placement: runtime.Placement
-) -> dict[str, Any]:
+def _resolve(context: Context, target: Stage, arguments: dict[str, Any], placement: Placement) -> dict[str, Any]:
     """Resolve the precision where the labelling will run, and compare it with fp32 on a sample."""
     import ray
 

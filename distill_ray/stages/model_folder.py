@@ -9,13 +9,13 @@ import yaml
 
 from distill_ray import metrics, precision
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
-from distill_ray.config import PrecisionName
+from distill_ray.config import CeLoss, KdLoss, PrecisionName, StudentConfig
 from distill_ray.models import ModelSpec, load_model
 from distill_ray.models.classifier import count_parameters
 from distill_ray.stages.context import CONFIG_FILE
 from distill_ray.storage import Folder
 from distill_ray.store import DataManifest, SplitArrays
-from distill_ray.training import FitResult
+from distill_ray.training import FitResult, FitSpec
 
 _EVALUATION_BATCH = 512
 
@@ -30,6 +30,14 @@ def model_spec(data: DataManifest, model: Any) -> ModelSpec:
         classes=data.classes,
         class_names=data.class_names,
     )
+
+
+def student_spec(
+    data: DataManifest, student: StudentConfig, loss: CeLoss | KdLoss, seed: int, folder: Folder, device: torch.device
+) -> FitSpec:
+    """What ``fit`` needs for the student of ``folder``."""
+    resolved = resolve_precision(folder, student.train.precision, device)
+    return FitSpec(model_spec(data, student.model), student.train, loss, seed, resolved)
 
 
 def resolve_precision(folder: Folder, asked: PrecisionName, device: torch.device) -> str:

@@ -11,7 +11,7 @@ from distill_ray import __version__, artifacts
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
-from distill_ray.sources import SourceInfo, open_source
+from distill_ray.sources import SPLITS, SourceInfo, open_source
 from distill_ray.stages.context import Context
 from distill_ray.stages.shard_job import ShardPlan, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
@@ -89,6 +89,12 @@ def _write_shard(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> Shard
 
 
 def _check_contract(config: Config, info: SourceInfo) -> None:
+    for split in SPLITS:
+        if not len(info.splits.get(split, ())):
+            raise UserError(
+                f"data.split.fractions: no rows are left for {split}: models are fitted on train, chosen on validation "
+                "and measured on test"
+            )
     wanted = config.data.input.shape
     if wanted is not None and wanted != info.shape:
         raise UserError(f"data.input.shape: {list(wanted)}, but the rows of this source are {list(info.shape)}")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from distill_ray.artifacts import METRICS_FILE, WEIGHTS_FILE, Stage
+from distill_ray.artifacts import METRICS_FILE, WEIGHTS_FILE, History, Stage
 from distill_ray.storage import Folder
-
-History = list[dict[str, float]]  # one row an epoch, in order
 
 
 def is_whole(target: Stage) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from distill_ray import evidence
 from distill_ray.config import to_dict, to_yaml
 from distill_ray.stages import charts, progress, results
 from distill_ray.stages.charts import Curve
@@ -24,14 +23,6 @@ from distill_ray.store import manifest as manifests
 REPORT_FILE = "report.html"
 _TEMPLATE = "report.html.j2"
 _DRAWN = re.compile(r"<!--charts (?P<digest>\w+)-->(?P<html>.*?)<!--/charts-->", re.DOTALL)
-
-# Two-sided 95 % quantiles of Student's t by degrees of freedom, from 1: NIST/SEMATECH e-Handbook of Statistical
-# Methods, section 1.3.6.7.2, column 0.975. Above 30 the last one is used, which makes the interval slightly too wide.
-T_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -80,13 +71,6 @@ def pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
     return found
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of the mean of at least two values, by Student's t."""
-    degrees = len(values) - 1
-    half = T_95[min(degrees, len(T_95)) - 1] * stdev(values) / sqrt(len(values))
-    return mean(values) - half, mean(values) + half
-
-
 def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What distillation did to the test accuracy, in sentences: each seed, then the mean with its uncertainty."""
     if not any(row["role"] == "control" for row in rows):
@@ -108,10 +92,11 @@ def _overall(gains: Sequence[float]) -> str:
             "This is one seed, and one seed says nothing about the spread between seeds: several in student.seeds show "
             "whether the difference is more than chance."
         )
-    low, high = t_interval(gains)
+    difference = evidence.paired_difference(gains, [0.0] * len(gains))
+    low, high = difference["low"], difference["high"]
     text = (
-        f"Over {len(gains)} seeds distillation {_change(mean(gains))} on average; the 95 % interval of the paired "
-        f"difference (Student's t) goes from {100 * low:+.2f} to {100 * high:+.2f} points"
+        f"Over {len(gains)} seeds distillation {_change(difference['mean'])} on average; the 95 % interval of the "
+        f"paired difference (Student's t) goes from {100 * low:+.2f} to {100 * high:+.2f} points"
     )
     if low <= 0 <= high:
         return f"{text} and spans 0: not resolved with these seeds."

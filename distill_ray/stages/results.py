@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill_ray import __version__
-from distill_ray.artifacts import Stage
+from distill_ray.artifacts import SUMMARY_FILE, Stage
 from distill_ray.config import to_dict, to_yaml
 from distill_ray.stages import label, prepare, student, teacher
 from distill_ray.stages.context import CONFIG_FILE, Context
 from distill_ray.stages.student import Student
 from distill_ray.storage import Folder
 
-SUMMARY_FILE = "summary.json"
 _MEASURED = (
     "accuracy",
     "kl_to_teacher",

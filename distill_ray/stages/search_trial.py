@@ -60,22 +60,20 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
 
 
 def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
-
     from distill_ray.stages import model_folder
     from distill_ray.store import open_store
-    from distill_ray.training import FitSpec, Worker, fit
+    from distill_ray.training import Worker, fit
 
     history, section = _history(target), config.student
     for row in history:
         _report(int(row["epoch"]), _best(history[: int(row["epoch"])]))
     if len(history) >= section.train.epochs:
         return
-    device = runtime.worker_device()
-    precision = model_folder.resolve_precision(target.folder, section.train.precision, device)
-    seed = section.seeds[0]
-    where = {"precision": precision, "threads": threads, "device": device.type}
+    device, seed = runtime.worker_device(), section.seeds[0]
+    data = open_store(inputs.data.folder).data_manifest
+    spec = model_folder.student_spec(data, section, section.loss, seed, target.folder, device)
+    where = {"precision": spec.precision, "threads": threads, "device": device.type}
     write_stage_config(target, to_dict(section) | {"seed": seed}, where)
-    model = model_folder.model_spec(open_store(inputs.data.folder).data_manifest, section.model)
     train, validation = _splits(inputs.data.folder, inputs.labels.folder)
 
     def on_epoch(row: dict[str, float]) -> None:
@@ -83,7 +81,6 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
         if len(history) < section.train.epochs:  # the last is told when the model is written: a report can be the end
             _report(int(row["epoch"]), _best(history))
 
-    spec = FitSpec(model, section.train, section.loss, seed, precision)
     fit(spec, train, validation, target.folder, Worker(threads=threads, device=device), on_epoch)
     _report(section.train.epochs, _best(_history(target)))
 
@@ -111,7 +108,7 @@ def _best(history: Sequence[Mapping[str, float]]) -> float:
     return max((row["validation_accuracy"] for row in history), default=0.0)
 
 
-def _history(target: Stage) -> progress.History:
+def _history(target: Stage) -> artifacts.History:
     return progress.read_history(target.folder)
 
 

@@ -44,7 +44,6 @@ class Watch:
             followed.follower = self._follow(plan, plan.stage.folder)
 
     def _follow(self, plan: Trial, folder: Folder) -> Any:
-
         assert plan.config is not None
         key, section = folder.name, to_dict(plan.config.student) | {"role": "student"}
         self._open.add(key)

@@ -12,6 +12,7 @@ from typing import Any
 
 from distill_ray import runtime
 from distill_ray.errors import UserError
+from distill_ray.placing import Placement
 from distill_ray.storage import Folder
 from distill_ray.store import ShardRecord, shards
 from distill_ray.store.manifest import SHARD_NAME, StoreManifest
@@ -71,7 +72,7 @@ def run_shards(
     items: Sequence[Mapping[str, Any]],
     work: Callable[..., ShardRecord] | type,
     arguments: Mapping[str, Any],
-    placement: runtime.Placement | None = None,
+    placement: Placement | None = None,
 ) -> Iterator[ShardRecord]:
     """Stream the items through ``work`` on the cluster and yield each shard's record as it is finished.
 
@@ -123,7 +124,13 @@ class _Actor:
 
 
 def sweep_orphans(folder: Folder, manifest: StoreManifest) -> None:
-    """Delete shards that the manifest does not name: leftovers of killed or superseded writers."""
+    """Delete shards that the manifest does not name: leftovers of killed or superseded writers.
+
+    Only where this process holds the folder (see artifacts.exclusive): elsewhere another writer may be about to commit
+    shards of its own.
+    """
+    if not folder.is_local:
+        return
     named = {record.file for record in manifest.shards}
     for name in folder.names():
         if SHARD_NAME.match(name) and name not in named:

@@ -11,9 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distill_ray import artifacts, runtime
+from pydantic import TypeAdapter
+
+from distill_ray import artifacts, placing, runtime
 from distill_ray.artifacts import Stage
-from distill_ray.config import CeLoss, Config, KdLoss, digest_payload, from_dict, to_dict
+from distill_ray.config import CeLoss, Config, KdLoss, LossConfig, digest_payload, from_dict, to_dict
+from distill_ray.placing import Placement
 from distill_ray.stages import label, prepare, progress
 from distill_ray.stages.context import Context, Outcome, tracking_id, write_stage_config
 from distill_ray.storage import Folder
@@ -91,8 +94,9 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
     model_folder.model_spec(open_store(data.folder).data_manifest, context.config.student.model).build(
         key="student.model"
     )
-    placement = runtime.student_placement(context.config.cluster, context.session.start(), wanted)
+    placement = placing.student(context.config.cluster, context.session.start(), wanted)
     options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_retries": _MAX_RETRIES}
+    before = {student.stage.digest: len(progress.read_history(student.stage.folder)) for student in todo}
     jobs = {student.stage.digest: _job(context.config, data, labels, student, placement) for student in todo}
     try:
         fit_task = ray.remote(**options)(train_student)
@@ -101,12 +105,12 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
         finish_task = ray.remote(**options)(finish_student)
         for student in todo:  # one at a time: latency is measured alone
             seconds = ray.get(finish_task.remote(jobs[student.stage.digest]))
-            _record(context, student, seconds)
+            _record(context, student, before[student.stage.digest], seconds)
     except Exception as error:
         raise runtime.as_run_error("student", error) from error
 
 
-def _job(config: Config, data: Stage, labels: Stage, student: Student, placement: runtime.Placement) -> dict[str, Any]:
+def _job(config: Config, data: Stage, labels: Stage, student: Student, placement: Placement) -> dict[str, Any]:
     return {
         "config": to_dict(config), "data": data.folder.uri, "labels": labels.folder.uri, "seed": student.seed,
         "loss": to_dict(student.loss), "stage": [student.stage.name, student.stage.digest, student.stage.folder.uri],
@@ -145,28 +149,29 @@ def _follower(context: Context, student: Student, bar: Any) -> Any:
     return progress.Follower(student.stage.folder, lambda row: context.tracker.log(key, row))
 
 
-def _record(context: Context, student: Student, finish_seconds: float) -> None:
+def _record(context: Context, student: Student, epochs_before: int, finish_seconds: float) -> None:
     summary = student.stage.finished() or {}
-    seconds = round(float(summary["seconds"]) + finish_seconds, 3)
+    fresh = progress.read_history(student.stage.folder)[epochs_before:]
+    seconds = round(sum(row["train_seconds"] + row["validation_seconds"] for row in fresh) + finish_seconds, 3)
     folder = str(student.stage.folder)
     context.outcomes[student.stage.digest] = Outcome("student", folder, seconds, "ran", student.role, student.seed)
     context.tracker.finish(student.stage.folder.name, summary)
-    context.reporter.line(
-        f"student: {student.stage.folder.name} ({student.title}): test accuracy {summary['accuracy']:.4f}"
-    )
+    accuracy = "n/a" if summary["accuracy"] is None else f"{summary['accuracy']:.4f}"
+    context.reporter.line(f"student: {student.stage.folder.name} ({student.title}): test accuracy {accuracy}")
 
 
 def train_student(job: Mapping[str, Any]) -> None:
     """Runs in a Ray task: train one student to its last epoch, from wherever its folder stands."""
+    from distill_ray.stages import model_folder
     from distill_ray.store import open_store, read_split
     from distill_ray.training import Worker, fit
 
     config, target, device = _unpack(job)
-    spec = _fit_spec(job, config, target, device)
+    data, labels = open_store(Folder(job["data"])), open_store(Folder(job["labels"]))
+    spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
     where = {"precision": spec.precision, "threads": job["threads"], "device": device.type}
     section = to_dict(config.student) | {"loss": job["loss"], "seed": job["seed"]}
     write_stage_config(target, section, where)
-    data, labels = open_store(Folder(job["data"])), open_store(Folder(job["labels"]))
     splits = [read_split(data, split, labels) for split in ("train", "validation")]
     fit(spec, splits[0], splits[1], target.folder, Worker(threads=job["threads"], device=device))
 
@@ -177,41 +182,27 @@ def finish_student(job: Mapping[str, Any]) -> float:
 
     from distill_ray.stages import model_folder
     from distill_ray.store import open_store, read_split
-    from distill_ray.training import Worker, fit
+    from distill_ray.training import export_best
 
     started = time.perf_counter()
     config, target, device = _unpack(job)
-    spec = _fit_spec(job, config, target, device)
     data, labels = open_store(Folder(job["data"])), open_store(Folder(job["labels"]))
-    train, validation, test = (read_split(data, split, labels) for split in ("train", "validation", "test"))
-    # Every epoch is done: this exports the best checkpoint again and returns what it is.
-    result = fit(spec, train, validation, target.folder, Worker(threads=job["threads"], device=device))
-    assert result is not None
+    spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
     extra = {
         "precision": spec.precision, "seed": job["seed"], "loss": job["loss"],
         "data_digest": data.data_manifest.digest, "labels_digest": labels.label_manifest.digest,
         "teacher_digest": labels.label_manifest.teacher_digest,
     }  # fmt: skip
-    model_folder.finish(target.folder, result, test, device, extra)
+    result = export_best(spec.model, target.folder)
+    model_folder.finish(target.folder, result, read_split(data, "test", labels), device, extra)
     return time.perf_counter() - started
 
 
 def _unpack(job: Mapping[str, Any]) -> tuple[Config, Stage, Any]:
-
     name, digest, uri = job["stage"]
-    device = runtime.worker_device()
-    return from_dict(job["config"]), Stage(name, digest, Folder(uri)), device
+    return from_dict(job["config"]), Stage(name, digest, Folder(uri)), runtime.worker_device()
 
 
-def _fit_spec(job: Mapping[str, Any], config: Config, target: Stage, device: Any) -> Any:
-    from pydantic import TypeAdapter
-
-    from distill_ray.config import LossConfig
-    from distill_ray.stages import model_folder
-    from distill_ray.store import open_store
-    from distill_ray.training import FitSpec
-
-    resolved = model_folder.resolve_precision(target.folder, config.student.train.precision, device)
-    model = model_folder.model_spec(open_store(Folder(job["data"])).data_manifest, config.student.model)
+def _loss(job: Mapping[str, Any]) -> CeLoss | KdLoss:
     loss: CeLoss | KdLoss = TypeAdapter(LossConfig).validate_python(job["loss"])
-    return FitSpec(model, config.student.train, loss, job["seed"], resolved)
+    return loss

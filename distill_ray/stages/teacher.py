@@ -8,16 +8,19 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from distill_ray import artifacts, runtime
+from distill_ray import artifacts, placing, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import DistillRayError, RunError, UserError
+from distill_ray.placing import Placement
 from distill_ray.stages import prepare, progress
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
 _FAILURE_FILE = "failure.json"
 _POLL_S = 0.3
+_COLLECTIVE_TIMEOUT_S = 600  # for a rank that hangs; one that dies is noticed at once
+_MAX_START_FAILURES = 10  # a group gets a minute to start; Ray's own default is to try for ever
 _MAX_RESTARTS = 3  # of the worker group, after a lost worker or node; each continues from the last epoch
 
 
@@ -38,13 +41,14 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
     from distill_ray.store import open_store
 
     nodes = context.session.start()
-    placement = runtime.training_placement(context.config.cluster, nodes)
+    placement = placing.training(context.config.cluster, nodes)
     spec = model_folder.model_spec(open_store(data.folder).data_manifest, context.config.teacher.model)
     spec.build(key="teacher.model")  # refuses a network that does not fit the data before any worker starts
     arguments: dict[str, Any] = {
         "config": to_dict(context.config),
         "data": data.folder.uri,
         "stage": [target.name, target.digest, target.folder.uri],
+        "workers": placement.workers,
         "threads": placement.cpus,
         "attempt": secrets.token_hex(8),
     }
@@ -69,7 +73,7 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
     context.tracker.finish(key, target.folder.read_json(target.marker))
 
 
-def _train(arguments: dict[str, Any], placement: runtime.Placement, follower: Any) -> None:
+def _train(arguments: dict[str, Any], placement: Placement, follower: Any) -> None:
     """Run the trainer in a thread, so that this one follows its progress and keeps Ctrl-C for itself."""
     failure: list[BaseException] = []
 
@@ -88,21 +92,24 @@ def _train(arguments: dict[str, Any], placement: runtime.Placement, follower: An
         raise runtime.as_run_error("teacher", failure[0]) from failure[0]
 
 
-def _fit_with_ray_train(arguments: dict[str, Any], placement: runtime.Placement) -> None:
+def _fit_with_ray_train(arguments: dict[str, Any], placement: Placement) -> None:
     import ray.train
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     # fit() owns the checkpoints; Ray Train's own state is scratch, so that a reused name can never resume stale state.
     with tempfile.TemporaryDirectory(prefix="distill-ray-train-") as scratch:
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config=arguments,
+            torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=placement.workers, use_gpu=bool(placement.gpus), resources_per_worker=placement.resources()
             ),
             run_config=ray.train.RunConfig(
                 name=Path(scratch).name, storage_path=scratch,
-                failure_config=ray.train.FailureConfig(max_failures=_MAX_RESTARTS),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=_MAX_RESTARTS, controller_failure_limit=_MAX_START_FAILURES
+                ),
             ),
         )  # fmt: skip
         trainer.fit()
@@ -112,8 +119,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     """Runs in each Ray Train worker.
 
     Ray Train restarts a group after any exception, also after one that will come again (a diverging loss, a damaged
-    shard). So our own errors are written down and end the worker in peace; a group that was restarted because a peer
-    ended so finds the note and ends too.
+    shard). So our own errors are written down. A worker alone then ends in peace; one among several raises, since its
+    peers wait for it in a collective, and the group that Ray starts anew finds the note and ends at once.
     """
     folder = Folder(arguments["stage"][2])
     if _failure_of(folder, arguments["attempt"]) is not None:
@@ -123,6 +130,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     except DistillRayError as error:
         note = {"attempt": arguments["attempt"], "exit_code": error.exit_code, "message": str(error)}
         folder.write_json(_FAILURE_FILE, note)
+        if arguments["workers"] > 1:
+            raise
 
 
 def _failure_of(folder: Folder, attempt: str) -> DistillRayError | None:

@@ -20,17 +20,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from distill_ray import artifacts, runtime
-from distill_ray.artifacts import Stage
+from distill_ray import artifacts, placing, runtime
+from distill_ray.artifacts import SUMMARY_FILE, Stage
 from distill_ray.config import Config, TuneConfig, digest_payload
 from distill_ray.errors import RunError, UserError
+from distill_ray.placing import Placement
 from distill_ray.stages import label, prepare, search_results, search_space, search_trial, search_watch, student
 from distill_ray.stages.context import Context
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
 from distill_ray.stages.search_watch import Watch
 
-TRIALS_FILE, PARETO_FILE, SUMMARY_FILE = "trials.parquet", "pareto.json", "summary.json"
+TRIALS_FILE, PARETO_FILE = "trials.parquet", "pareto.json"
 
 # Each finalist costs 2 * tune.seeds trainings, its controls included: 4 show the ends and the bend of a front, for
 # the price of 40 trainings at 5 seeds.
@@ -158,10 +159,10 @@ def _search(context: Context, tune: TuneConfig, inputs: Inputs) -> tuple[list[Tr
     return watch.rows(watcher.trial_ids)
 
 
-def _placement(context: Context, tune: TuneConfig) -> runtime.Placement:
+def _placement(context: Context, tune: TuneConfig) -> Placement:
     """One CPU a trial, or the configured part of a GPU; as many at a time as the cluster holds."""
     nodes = context.session.start()
-    return runtime.labelling_placement(context.config.cluster, nodes, tune.planned_trials)
+    return placing.independent(context.config.cluster, nodes, tune.planned_trials)
 
 
 def _param_space(tune: TuneConfig) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def _param_space(tune: TuneConfig) -> dict[str, Any]:
     return domains
 
 
-def _tune_config(tune: TuneConfig, config: Config, placement: runtime.Placement) -> Any:
+def _tune_config(tune: TuneConfig, config: Config, placement: Placement) -> Any:
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter

@@ -1,0 +1,129 @@
+"""Which work goes where, from what the nodes of a cluster have. Plain arithmetic: Ray does the placing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distill_ray.config import ClusterConfig, Config
+from distill_ray.errors import UserError
+
+_MAX_CPUS_PER_MODEL = 8  # beyond this, more threads do not speed up models of the sizes trained here
+_ROUNDING = 1e-9  # 1 // 0.1 is 9.0 in floating point
+
+
+@dataclass(frozen=True)
+class Node:
+    """What one live node offers."""
+
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """``workers`` processes, each with so many CPUs (its threads) and GPUs."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+    def resources(self) -> dict[str, float]:
+        """As Ray's schedulers want it."""
+        return {"CPU": self.cpus, **({"GPU": self.gpus} if self.gpus else {})}
+
+
+def preflight(config: Config, nodes: Sequence[Node]) -> None:
+    """Refuse, before any work, what a stage could never be given; Ray itself would wait for it without end.
+
+    Raises:
+        UserError: says what is asked for, what is there, and which key to change.
+    """
+    trained = training(config.cluster, nodes)
+    single = independent(config.cluster, nodes, 1)
+    student(config.cluster, nodes, 1)
+    for key, asked, gpus in (
+        ("teacher.train.precision", config.teacher.train.precision, trained.gpus),
+        ("labels.precision", config.labels.precision, single.gpus),
+        ("student.train.precision", config.student.train.precision, single.gpus),
+    ):
+        if asked == "fp16" and not gpus:
+            raise UserError(f"{key}: fp16 needs a GPU, and the workers get none here: use auto, bf16 or fp32")
+
+
+def training(cluster: ClusterConfig, nodes: Sequence[Node]) -> Placement:
+    """The workers of one data-parallel model: a whole GPU each (NCCL takes no two ranks on one), or else a node each.
+
+    Raises:
+        UserError: the nodes do not have what the config asks for.
+    """
+    gpus = 1.0 if 0 < (asked := _gpus_per_worker(cluster, nodes)) < 1 else asked
+    usable = [node for node in nodes if node.cpus >= 1 and node.gpus >= gpus]
+    if cluster.workers != "auto":
+        workers = cluster.workers
+    else:
+        workers = _fits(usable, Placement(1, 1, gpus)) if gpus else len(usable)
+    workers = max(1, workers)
+    cpus = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else _most_cpus(usable, workers, gpus)
+    return _required(nodes, Placement(workers, cpus, gpus))
+
+
+def independent(cluster: ClusterConfig, nodes: Sequence[Node], most: int) -> Placement:
+    """Workers that need nothing of each other: one a GPU or fraction of it, else one a CPU; at most ``most``.
+
+    One thread each: on CPUs two processes of one thread label faster than one of two.
+
+    Raises:
+        UserError: there is no room for one.
+    """
+    gpus = _gpus_per_worker(cluster, nodes)
+    room = _fits(nodes, Placement(1, 1, gpus))
+    return _required(nodes, Placement(max(1, min(most, room)), 1, gpus))
+
+
+def student(cluster: ClusterConfig, nodes: Sequence[Node], students: int) -> Placement:
+    """One worker a student; the CPUs are divided over the students that the config asks for, trained side by side.
+
+    Deliberately not a function of how many are left to train: the thread count must not change when a run continues.
+
+    Raises:
+        UserError: there is no room for one.
+    """
+    gpus = _gpus_per_worker(cluster, nodes)
+    usable = [node.cpus for node in nodes if node.cpus >= 1 and node.gpus >= gpus] or [1.0]
+    share = max(1, min(int(sum(usable)) // max(1, students), int(max(usable)), _MAX_CPUS_PER_MODEL))
+    cpus = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else share
+    return _required(nodes, Placement(1, cpus, gpus))
+
+
+def _gpus_per_worker(cluster: ClusterConfig, nodes: Sequence[Node]) -> float:
+    if cluster.gpus_per_worker != "auto":
+        return cluster.gpus_per_worker
+    return 1.0 if any(node.gpus >= 1 for node in nodes) else 0.0
+
+
+def _most_cpus(nodes: Sequence[Node], workers: int, gpus: float) -> int:
+    """The most CPUs each of ``workers`` can have."""
+    most = int(max((node.cpus for node in nodes), default=1))
+    fitting = [cpus for cpus in range(1, most + 1) if _fits(nodes, Placement(workers, cpus, gpus)) >= workers]
+    return max(fitting, default=1)
+
+
+def _fits(nodes: Sequence[Node], placement: Placement) -> int:
+    """How many such workers the nodes have room for."""
+    by_cpu = [int(node.cpus / placement.cpus + _ROUNDING) for node in nodes]
+    if not placement.gpus:
+        return sum(by_cpu)
+    by_gpu = [int(node.gpus / placement.gpus + _ROUNDING) for node in nodes]
+    return sum(min(pair) for pair in zip(by_cpu, by_gpu, strict=True))
+
+
+def _required(nodes: Sequence[Node], placement: Placement) -> Placement:
+    if _fits(nodes, placement) >= placement.workers:
+        return placement
+    each = f"{placement.cpus} CPUs" + (f" and {placement.gpus:g} GPUs" if placement.gpus else "")
+    there = ", ".join(f"{node.cpus:g} CPUs / {node.gpus:g} GPUs" for node in nodes) or "no nodes"
+    raise UserError(
+        f"cluster: {placement.workers} worker(s) with {each} each are asked for, the cluster has {there}: lower "
+        "cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
+    )

@@ -1,0 +1,100 @@
+"""Where work goes, on clusters of every shape; no Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill_ray import placing
+from distill_ray.config import ClusterConfig, from_dict
+from distill_ray.errors import UserError
+from distill_ray.placing import Node, Placement
+from tests.harness import SMALL_RUN
+
+
+def _cluster(**keys: Any) -> ClusterConfig:
+    return ClusterConfig.model_validate(keys)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "keys", "expected"),
+    [
+        ([Node(2, 0)], {}, Placement(1, 2, 0)),
+        ([Node(1, 0), Node(1, 0)], {}, Placement(2, 1, 0)),
+        ([Node(0, 0), Node(8, 0)], {}, Placement(1, 8, 0)),  # a head that takes no work
+        ([Node(8, 0)], {"workers": 4}, Placement(4, 2, 0)),
+        ([Node(16, 4), Node(64, 0)], {}, Placement(4, 4, 1)),
+        ([Node(16, 4)], {"gpus_per_worker": 0}, Placement(1, 16, 0)),
+        ([Node(4, 1)], {"gpus_per_worker": 0.5}, Placement(1, 4, 1)),  # NCCL takes no two ranks on one GPU
+        ([Node(2, 8)], {}, Placement(2, 1, 1)),  # fewer CPUs than GPUs
+    ],
+)
+def test_training(nodes: list[Node], keys: dict[str, Any], expected: Placement) -> None:
+    assert placing.training(_cluster(**keys), nodes) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "keys", "most", "workers", "gpus"),
+    [
+        ([Node(2, 0)], {}, 100, 2, 0),
+        ([Node(2, 0)], {}, 1, 1, 0),
+        ([Node(16, 2)], {}, 100, 2, 1),
+        ([Node(16, 1)], {"gpus_per_worker": 0.25}, 100, 4, 0.25),
+        ([Node(64, 1)], {"gpus_per_worker": 0.1}, 100, 10, 0.1),
+        ([Node(4, 1)], {"gpus_per_worker": 0.1}, 100, 4, 0.1),  # as many as the CPUs allow
+    ],
+)
+def test_independent(nodes: list[Node], keys: dict[str, Any], most: int, workers: int, gpus: float) -> None:
+    assert placing.independent(_cluster(**keys), nodes, most) == Placement(workers, 1, gpus)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "students", "expected"),
+    [
+        ([Node(2, 0)], 2, Placement(1, 1, 0)),
+        ([Node(2, 0)], 6, Placement(1, 1, 0)),
+        ([Node(16, 0)], 2, Placement(1, 8, 0)),
+        ([Node(64, 0), Node(4, 1)], 2, Placement(1, 2, 1)),  # the CPUs that count are those beside a GPU
+    ],
+)
+def test_students(nodes: list[Node], students: int, expected: Placement) -> None:
+    assert placing.student(_cluster(), nodes, students) == expected
+
+
+@settings(deadline=None)
+@given(
+    nodes=st.lists(st.builds(Node, st.integers(0, 16), st.integers(0, 4)), min_size=1, max_size=5),
+    gpus=st.sampled_from(["auto", 0, 0.1, 0.25, 0.5, 1, 2]),
+    workers=st.one_of(st.just("auto"), st.integers(1, 6)),
+)
+def test_what_is_given_always_fits(nodes: list[Node], gpus: Any, workers: Any) -> None:
+    cluster = _cluster(gpus_per_worker=gpus, workers=workers)
+    for place in (
+        lambda: placing.training(cluster, nodes),
+        lambda: placing.independent(cluster, nodes, 10),
+        lambda: placing.student(cluster, nodes, 3),
+    ):
+        try:
+            given_placement = place()
+        except UserError:
+            continue
+        assert given_placement.workers >= 1
+        assert given_placement.workers * given_placement.cpus <= sum(node.cpus for node in nodes)
+        assert given_placement.workers * given_placement.gpus <= sum(node.gpus for node in nodes) + 1e-6
+
+
+@pytest.mark.parametrize("key", ["teacher.train.precision", "labels.precision", "student.train.precision"])
+def test_fp16_without_a_gpu_is_refused_before_any_work(key: str) -> None:
+    raw: dict[str, Any] = {name: dict(value) if isinstance(value, dict) else value for name, value in SMALL_RUN.items()}
+    section = raw
+    *path, last = key.split(".")
+    for part in path:
+        section[part] = dict(section[part])
+        section = section[part]
+    section[last] = "fp16"
+    with pytest.raises(UserError, match=f"{key}: fp16 needs a GPU"):
+        placing.preflight(from_dict(raw), [Node(8, 0)])
+    placing.preflight(from_dict(raw), [Node(8, 1)])
