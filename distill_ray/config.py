@@ -555,9 +555,7 @@ def _absolute_paths(config: Config) -> Config:
     if isinstance(config.data, IdxData):
         path = config.data.path.removeprefix("file://")
         if "://" in path:
-            raise UserError(
-                "data.path: source idx reads local files, this is a URI: copy the folder to a local path"
-            )
+            raise UserError("data.path: source idx reads local files, this is a URI: copy the folder to a local path")
         data = config.data.model_copy(update={"path": str(Path(path).expanduser().resolve())})
         return config.model_copy(update={"data": data})
     return config

@@ -66,8 +66,7 @@ class Session:
             raise KeyboardInterrupt from None
         except Exception as error:  # a raylet that does not start is a plain Exception
             ray.shutdown()
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"cluster.address {self.address}: no Ray session could be started ({reason})") from error
+            raise UserError(f"cluster.address {self.address}: {_why_not(error)}") from error
         except KeyboardInterrupt:
             ray.shutdown()
             raise
@@ -105,6 +104,16 @@ class Session:
         cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
         where = "private local cluster" if self.address == "local" else self.address
         return f"Ray: {where}, {len(nodes)} node{'s'[: len(nodes) != 1]}, {cpus:g} CPUs, {gpus:g} GPUs"
+
+
+def _why_not(error: BaseException) -> str:
+    if any("auth" in str(cause).lower() and "token" in str(cause).lower() for cause in _causes(error)):
+        return (
+            "the cluster refuses the token, or misses one: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or "
+            "RAY_AUTH_TOKEN_PATH) to what the cluster was started with"
+        )
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"no Ray session could be started ({reason})"
 
 
 def check_every_node(out: Folder, source: str | None) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +25,7 @@ from tests.harness import SMALL_RUN, distill_ray, environment, only, write_confi
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_TIMEOUT_S = 120
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as Ray wants it since 2.60
 
 
 def _free_port() -> int:
@@ -32,44 +39,62 @@ def _free_port() -> int:
 def two_nodes() -> Iterator[str]:
     """A head and a second node of one CPU each, as processes of this machine; gives the head's address."""
     address = f"127.0.0.1:{_free_port()}"
+    # Of its own and short (sockets lie in it): `ray start` writes the cluster's address there for others to find.
+    scratch = tempfile.mkdtemp(prefix="ray-")
     common = ["--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
-    head = ["--head", f"--port={address.split(':')[1]}", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
+    head = [
+        "--head",
+        f"--port={address.split(':')[1]}",
+        "--node-ip-address=127.0.0.1",
+        "--include-dashboard=false",
+        f"--temp-dir={scratch}",
+    ]
     nodes: list[subprocess.Popen[bytes]] = []
     try:
         for role in (head, [f"--address={address}"]):
-            command = [RAY, "start", *role, *common]
             nodes.append(
-                subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            )
-            _wait_for(address, len(nodes))
+                subprocess.Popen(
+                    [RAY, "start", *role, *common],
+                    env=environment(**TOKEN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                )
+            )  # fmt: skip
+            _wait_for_port(address)  # the second node gives up at once where there is no head
+        _wait_for_nodes(address, len(nodes))
         yield address
     finally:
-        for node in reversed(nodes):
-            node.terminate()
         for node in nodes:
-            try:
-                node.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                node.kill()
-                node.wait()
+            os.killpg(node.pid, signal.SIGKILL)  # `ray start --block` takes half a minute to end by itself
+            node.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _wait_for(address: str, nodes: int) -> None:
-    count = f"import ray; ray.init('{address}', logging_level='ERROR'); print(sum(n['Alive'] for n in ray.nodes()))"
+def _wait_for_port(address: str) -> None:
+    host, port = address.split(":")
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
-        seen = subprocess.run(
-            [sys.executable, "-c", count], capture_output=True, text=True, env=environment(), timeout=100
-        )
-        if seen.stdout.strip().endswith(str(nodes)):
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=5):
             return
-        time.sleep(0.5)
-    raise AssertionError(f"{nodes} nodes did not come up within {START_TIMEOUT_S} s: {seen.stderr}")
+        time.sleep(0.2)
+    raise AssertionError(f"no head at {address} within {START_TIMEOUT_S} s")
+
+
+def _wait_for_nodes(address: str, count: int) -> None:
+    probe = (
+        f"import ray, time; ray.init('{address}', logging_level='ERROR'); end = time.time() + {START_TIMEOUT_S}\n"
+        f"while sum(n['Alive'] for n in ray.nodes()) < {count} and time.time() < end: time.sleep(0.2)\n"
+        f"assert sum(n['Alive'] for n in ray.nodes()) == {count}"
+    )
+    command = [sys.executable, "-c", probe]
+    seen = subprocess.run(
+        command, capture_output=True, text=True, env=environment(**TOKEN), timeout=2 * START_TIMEOUT_S
+    )
+    assert seen.returncode == 0, seen.stderr
 
 
 def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Path, two_nodes: str) -> None:
     config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
-    done = distill_ray("run", config, "--out", out, "--json", RAY_ADDRESS=two_nodes)
+    done = distill_ray("run", config, "--out", out, "--json", RAY_ADDRESS=two_nodes, **TOKEN)
     assert done.code == 0, done.stderr
     assert f"Ray: {two_nodes}, 2 nodes, 2 CPUs, 0 GPUs" in done.stderr
     teacher = only(out, "artifacts/teacher-*")
@@ -81,7 +106,7 @@ def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Pat
         for folder in (teacher, only(small_run.out, "artifacts/teacher-*"))
     )
     assert np.allclose(here, there, rtol=1e-3)
-    # The cluster outlives the command.
-    again = distill_ray("run", config, "student.loss.temperature=3", "--out", out, "--json", RAY_ADDRESS=two_nodes)
-    assert again.code == 0, again.stderr
-    assert [stage["status"] for stage in again.answer["stages"]] == ["reused", "reused", "reused", "ran", "reused"]
+    # The cluster outlives the command, and to whoever has no token it says so in one line.
+    refused = distill_ray("prepare", config, "data.seed=1", "--out", out, RAY_ADDRESS=two_nodes)
+    assert refused.code == 2, refused.stderr
+    assert "RAY_AUTH_TOKEN" in refused.stderr.splitlines()[-1]

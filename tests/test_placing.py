@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,11 +73,12 @@ def test_students(nodes: list[Node], students: int, expected: Placement) -> None
 )
 def test_what_is_given_always_fits(nodes: list[Node], gpus: Any, workers: Any) -> None:
     cluster = _cluster(gpus_per_worker=gpus, workers=workers)
-    for place in (
+    places: tuple[Callable[[], Placement], ...] = (
         lambda: placing.training(cluster, nodes),
         lambda: placing.independent(cluster, nodes, 10),
         lambda: placing.student(cluster, nodes, 3),
-    ):
+    )
+    for place in places:
         try:
             given_placement = place()
         except UserError:

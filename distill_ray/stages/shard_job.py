@@ -6,12 +6,14 @@ shard's manifest record. The shards' names are the ledger: each carries the chec
 
 from __future__ import annotations
 
+import json
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill_ray import runtime
-from distill_ray.errors import UserError
+from distill_ray.errors import DistillRayError, RunError, UserError
 from distill_ray.placing import Placement
 from distill_ray.storage import Folder
 from distill_ray.store import ShardRecord, shards
@@ -96,8 +98,8 @@ def run_shards(
         )  # fmt: skip
     try:
         for row in rows.iter_rows():
-            yield ShardRecord.model_validate_json(row["record"])
-    except (UserError, GeneratorExit):
+            yield _unpacked(stage, row)
+    except (DistillRayError, GeneratorExit):
         raise
     except Exception as error:
         raise runtime.as_run_error(stage, error) from error
@@ -110,7 +112,7 @@ class _Task:
         self._work, self._arguments = work, arguments
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
-        return {"record": self._work(item, self._arguments).model_dump_json()}
+        return _packed(lambda: self._work(item, self._arguments))
 
 
 class _Actor:
@@ -120,7 +122,35 @@ class _Actor:
         self._work = work(**arguments)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
-        return {"record": self._work(item).model_dump_json()}
+        return _packed(lambda: self._work(item))
+
+
+def _packed(work: Callable[[], ShardRecord]) -> dict[str, str]:
+    """The record, or what went wrong, as a row: Ray Data wraps exceptions and loses their cause on the way."""
+    try:
+        return {"record": work().model_dump_json(), "error": ""}
+    except Exception as error:
+        told = isinstance(error, DistillRayError)
+        place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        problem = {
+            "user": isinstance(error, UserError),
+            "message": str(error) if told else f"{place}{reason or type(error).__name__}",
+            "trace": traceback.format_exc(),
+        }
+        return {"record": "", "error": json.dumps(problem)}
+
+
+def _unpacked(stage: str, row: Mapping[str, str]) -> ShardRecord:
+    if not row["error"]:
+        return ShardRecord.model_validate_json(row["record"])
+    problem = json.loads(row["error"])
+    if problem["user"]:
+        failure: DistillRayError = UserError(f"{stage}: {problem['message']}")
+    else:
+        failure = RunError(f"{stage}: {problem['message']}; finished work is kept, the same command continues")
+    failure.add_note(problem["trace"])  # shown with --debug
+    raise failure
 
 
 def sweep_orphans(folder: Folder, manifest: StoreManifest) -> None:
