@@ -72,7 +72,9 @@ class Tracker:
             return
         try:
             if self._child is None:
-                settings = self._config.model_dump() | {"group": self._group, "dir": str(self._directory)}
+                settings = self._config.model_dump() | {
+                    "group": self._group, "dir": str(self._directory), "init_timeout_s": _INIT_TIMEOUT_S,
+                }  # fmt: skip
                 self._child = _Child(settings, self._log_path, self._warn)
             self._child.events.put(json.dumps(event, default=str) + "\n")
         except (OSError, ValueError) as error:
@@ -207,7 +209,7 @@ def _init(settings: Mapping[str, Any], event: Mapping[str, Any], mode: _Mode) ->
         resume="allow" if mode == "online" else None, reinit="create_new",
         settings=wandb.Settings(
             silent=True, console="off", disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True,
-            init_timeout=_INIT_TIMEOUT_S,
+            init_timeout=settings["init_timeout_s"],
         ),
     )  # fmt: skip
     run.define_metric("epoch")

@@ -21,7 +21,7 @@ RUN_TIMEOUT_S = 300  # a bound for a hang, not a measure of speed
 
 SMALL_RUN: dict[str, Any] = {
     "name": "small",
-    "data": {"source": "glyph62", "rows": 1860, "shard_rows": 20},
+    "data": {"source": "glyph62", "rows": 1860, "shard_rows": 32},
     "teacher": {
         "model": {"name": "char_cnn", "channels": [8, 16], "hidden": [64]},
         "train": {"epochs": 6, "batch_size": 64, "precision": "fp32", "lr": 0.002},
@@ -63,10 +63,10 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"WANDB_MODE": "offline"} | extra  # whatever account the person who runs the tests has
 
 
-def distill_ray(*arguments: str | Path, timeout_s: float = RUN_TIMEOUT_S, **env: str) -> Finished:
-    """Run the command to its end."""
+def distill_ray(*arguments: str | Path, **env: str) -> Finished:
+    """Run the command to its end, with these environment variables."""
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout_s, env=environment(**env)
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=RUN_TIMEOUT_S, env=environment(**env)
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 

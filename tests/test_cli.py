@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import pty
 import resource
 import select
 import subprocess
@@ -16,7 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.harness import COMMAND, RUN_TIMEOUT_S, SMALL_RUN, distill_ray, environment, with_processes, write_config
+from tests.conftest import SmallRun
+from tests.harness import (
+    COMMAND,
+    RUN_TIMEOUT_S,
+    SMALL_RUN,
+    distill_ray,
+    environment,
+    only,
+    with_processes,
+    write_config,
+)
 
 TINY: dict[str, Any] = {**SMALL_RUN, "name": "tiny"}
 
@@ -172,34 +183,32 @@ def test_debug_shows_the_trace(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr
 
 
-def test_a_terminal_sees_bars_and_a_pipe_sees_lines(tmp_path: Path) -> None:
+def test_a_terminal_sees_bars_and_a_pipe_sees_lines(small_run: SmallRun) -> None:
     """The same command under a real pseudo-terminal."""
-    import pty
-
-    config = write_config(tmp_path, TINY)
-    piped = distill_ray("prepare", config, "--out", tmp_path / "piped")
+    store = str(only(small_run.out, "artifacts/data-*"))
+    piped = distill_ray("verify", store)
+    assert piped.code == 0
     assert "\x1b[" not in piped.stderr
-    assert "prepare: 1860/1860  rows" in piped.stderr
+    shards = len(list(Path(store).glob("*.arrow")))
+    assert f"{shards}/{shards}" in piped.stderr
     ours, theirs = pty.openpty()
     with subprocess.Popen(
-        [*COMMAND, "prepare", str(config), "--out", str(tmp_path / "tty")],
-        stdout=subprocess.PIPE, stderr=theirs, env=environment(TERM="xterm"),
-    ) as process:  # fmt: skip
+        [*COMMAND, "verify", store], stdout=subprocess.PIPE, stderr=theirs, env=environment(TERM="xterm")
+    ) as process:
         os.close(theirs)
         seen, deadline = b"", time.monotonic() + RUN_TIMEOUT_S
         while time.monotonic() < deadline:
             if not select.select([ours], [], [], 1.0)[0]:
                 continue
             try:
-                chunk = os.read(ours, 65536)
+                seen += os.read(ours, 65536)
             except OSError:  # the other side is closed
                 break
-            seen += chunk
         process.communicate(timeout=120)
     os.close(ours)
     assert process.returncode == 0
     assert b"\x1b[" in seen
-    assert b"prepare" in seen
+    assert b"verify" in seen
 
 
 def test_the_console_script_is_installed() -> None:

@@ -111,7 +111,7 @@ def test_bf16_labels_are_a_bare_loop_in_bf16_and_their_distance_from_fp32_is_in_
         rows = data.data_shard(record)
         with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
             bare = torch.cat([teacher(batch).float() for batch in torch.from_numpy(rows.inputs.copy()).split(64)])  # type: ignore[no-untyped-call]
-        bare -= bare.max(dim=1, keepdim=True).values
+        bare = bare - bare.max(dim=1, keepdim=True).values
         twin = next(shard for shard in labels.manifest.splits["train"].shards if shard.index == record.index)
         stored = labels.label_shard(twin)
         assert np.array_equal(stored.row_ids, rows.row_ids)
