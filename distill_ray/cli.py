@@ -86,6 +86,8 @@ def _context(path: Path, overrides: list[str], options: _Options) -> Iterator[Co
     from distill_ray.tracking import Tracker, closing
 
     config = configs.load(path, overrides)
+    if not options.out.strip():
+        raise UserError("--out: is empty: name a folder")
     out = Folder.at(options.out)
     check_writable(out)
     reporter = Reporter(quiet=options.quiet)
@@ -167,7 +169,8 @@ def _verify(
 
 def main() -> None:
     """Entry point: exit codes as in the README, one line an error."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for stop in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(stop, _interrupt)
     sys.exit(_guarded(sys.argv[1:]))
 
 
@@ -205,7 +208,10 @@ def _message_of(error: Exception) -> str:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"distill-ray: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    line = " ".join(message.split())
+    if "--json" in sys.argv:
+        print(json.dumps({"error": line, "exit_code": code}), flush=True)
+    print(f"distill-ray: {line}", file=sys.stderr, flush=True)
     return code
 
 

@@ -372,6 +372,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     raw, lines = _read_yaml(Path(path))
     for override in overrides:
         parts = _apply_override(raw, override)
+        lines = {path: line for path, line in lines.items() if path[: len(parts)] != parts}
         for depth in range(1, len(parts)):
             lines.setdefault(parts[:depth], f"override {override}")
         lines[parts] = f"override {override}"
@@ -527,10 +528,15 @@ def _sections_at(path: Sequence[str], raw: Any) -> list[type[BaseModel]]:
     """The sections that may stand at ``path``, narrowed by the tags that the user gave."""
     sections: list[type[BaseModel]] = [Config]
     current = raw
+    free_key = False  # of a mapping such as tune.space, whose keys are the user's own
     for part in path:
         current = current.get(part) if isinstance(current, dict) else None
+        if free_key:
+            free_key = False
+            continue
         fields = [section.model_fields[part] for section in sections if part in section.model_fields]
         sections = [model for field in fields for model in _models_of(field)]
+        free_key = any(get_origin(field.annotation) is dict for field in fields)
         tagged = [model for model in sections if isinstance(current, dict) and _tag_matches(model, current)]
         sections = tagged or sections
     return sections

@@ -71,24 +71,37 @@ class Bar:
             self.reporter.line(f"{self.description}: {done:g}/{self.total:g}  {note}")
 
 
+# (heading, key, digits), and what a narrow terminal does without, first to go first.
+_COLUMNS = (
+    ("accuracy", "accuracy", 4), ("KL to teacher", "kl_to_teacher", 4), ("agreement", "agreement", 4),
+    ("ECE", "ece", 4), ("parameters", "parameters", None), ("bytes", "bytes", None), ("latency ms", "latency_ms", 3),
+    ("seconds", "seconds", 1),
+)  # fmt: skip
+_DISPENSABLE = ("bytes", "seconds", "ece", "agreement", "latency_ms")
+_LOG_WIDTH = 140  # a log has no width of its own: never fold a row there
+
+
 def results_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print the results of a run on stdout."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("model")
-    for heading in ("accuracy", "KL to teacher", "agreement", "ECE", "parameters", "bytes", "latency ms", "seconds"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            str(row["name"]), _number(row["accuracy"], 4), _number(row["kl_to_teacher"], 4), _number(row["agreement"],
-            4),
-            _number(row["ece"], 4), _number(row["parameters"]), _number(row["bytes"]), _number(row["latency_ms"], 3),
-            _number(row["seconds"], 1),
-        )  # fmt: skip
-    # A log has no width of its own: never fold a row there.
+    """Print the results of a run on stdout; no number is ever cut, a narrow terminal gets fewer columns."""
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, highlight=False, width=140)
+        console = Console(file=sys.stdout, highlight=False, width=_LOG_WIDTH)
+    for dropped in range(len(_DISPENSABLE) + 1):
+        table = _table(title, rows, _DISPENSABLE[:dropped])
+        if Console(width=10 * _LOG_WIDTH).measure(table).maximum <= console.width:
+            break
     console.print(table)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]], without: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", header_style="bold")
+    table.add_column("model", overflow="fold")
+    shown = [column for column in _COLUMNS if column[1] not in without]
+    for heading, _, _ in shown:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(str(row["name"]), *(_number(row[key], digits) for _, key, digits in shown))
+    return table
 
 
 def _number(value: float | None, digits: int | None = None) -> str:

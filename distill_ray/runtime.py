@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from distill_ray.placing import Node
 from distill_ray.storage import Folder
 
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
+_HEAD_POLL_S, _HEAD_LOST_S = 5.0, 45.0  # Ray's own patience is 60 s
 _CONNECT_TIMEOUT_S = 10.0
 _NODE_CHECK_TIMEOUT_S = 60.0  # a task on every node: a worker process to start, no more
 
@@ -46,6 +48,7 @@ class Session:
                 _check_answers(self.address)
             self._init()
             self._nodes = _live_nodes()
+            _watch_head()
             placing.preflight(self._config, self._nodes)
             check_every_node(self._out, self._source_path())
             check_cuda(placing.independent(self._config.cluster, self._nodes, 1).gpus)
@@ -62,13 +65,13 @@ class Session:
                 logging_level=logging.INFO if self._debug else logging.ERROR,
             )  # fmt: skip
         except SystemExit:
-            ray.shutdown()
+            _shutdown()
             raise KeyboardInterrupt from None
         except Exception as error:  # a raylet that does not start is a plain Exception
-            ray.shutdown()
+            _shutdown()
             raise UserError(f"cluster.address {self.address}: {_why_not(error)}") from error
         except KeyboardInterrupt:
-            ray.shutdown()
+            _shutdown()
             raise
         finally:
             if threading.current_thread() is threading.main_thread():
@@ -96,7 +99,7 @@ class Session:
         """Leave the cluster, ending a private one."""
         if "ray" in sys.modules:
             self._nodes = None
-            _import_ray().shutdown()
+            _shutdown()
 
     def describe(self) -> str:
         """One line for the reader: where the work runs."""
@@ -106,7 +109,47 @@ class Session:
         return f"Ray: {where}, {len(nodes)} node{'s'[: len(nodes) != 1]}, {cpus:g} CPUs, {gpus:g} GPUs"
 
 
+def _shutdown() -> None:
+    """``ray.shutdown``, which a further Ctrl-C must not cut short: it would leave Ray's processes behind."""
+    if threading.current_thread() is not threading.main_thread():
+        _import_ray().shutdown()
+        return
+    on_sigint = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _import_ray().shutdown()
+    finally:
+        signal.signal(signal.SIGINT, on_sigint)
+
+
+def _watch_head() -> None:
+    """Tell when Ray's head is gone. Ray itself ends the process after a minute without it, without a word."""
+    host, _, port = str(_import_ray().get_runtime_context().gcs_address).rpartition(":")
+
+    def answers() -> bool:
+        try:
+            socket.create_connection((host, int(port)), timeout=_HEAD_POLL_S).close()
+        except OSError:
+            return False
+        return True
+
+    def watch() -> None:
+        silent_s = 0.0
+        while silent_s < _HEAD_LOST_S:
+            time.sleep(_HEAD_POLL_S)
+            if not _import_ray().is_initialized():
+                return
+            silent_s = 0.0 if answers() else silent_s + _HEAD_POLL_S
+        text = f"the Ray head at {host}:{port} is gone; finished work is kept, the same command continues"
+        print(f"distill-ray: {text}", file=sys.stderr, flush=True)
+        os._exit(RunError.exit_code)  # nothing that needs Ray can be cleaned up any more
+
+    threading.Thread(target=watch, name="watch-ray-head", daemon=True).start()
+
+
 def _why_not(error: BaseException) -> str:
+    home = str(Path.home())
+    if isinstance(error, OSError) and str(error.filename or "").startswith(home):
+        return f"HOME {home} cannot be written ({error.strerror}), and Ray keeps its token there: set HOME"
     if any("auth" in str(cause).lower() and "token" in str(cause).lower() for cause in _causes(error)):
         return (
             "the cluster refuses the token, or misses one: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or "

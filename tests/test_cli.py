@@ -177,6 +177,15 @@ def test_quiet_prints_nothing_and_json_prints_one_object(tmp_path: Path) -> None
     assert [stage["name"] for stage in done.answer["stages"]] == ["prepare"]
 
 
+def test_json_says_also_what_went_wrong(tmp_path: Path) -> None:
+    done = distill_ray("run", write_config(tmp_path, TINY), "data.rows=61", "--json", "--out", tmp_path / "runs")
+    _assert_one_line(done.code, done.stderr, 2)
+    assert done.answer["exit_code"] == 2
+    assert "data.rows" in done.answer["error"]
+    done = distill_ray("run", write_config(tmp_path, TINY), "--out", "")
+    _assert_one_line(done.code, done.stderr, 2, "--out")
+
+
 def test_debug_shows_the_trace(tmp_path: Path) -> None:
     done = distill_ray("run", write_config(tmp_path, TINY), "data.rows=61", "--debug", "--out", tmp_path / "runs")
     assert done.code == 2

@@ -67,6 +67,7 @@ def test_overrides_reach_nested_keys_with_their_yaml_type(tmp_path: Path) -> Non
         (["name=../elsewhere"], ["name", "pattern"]),
         (["labels.views=4"], ["labels.views", "4"]),
         (["student.model=3"], ["student.model"]),
+        (["tune={space: {loss.temperature: {unform: [1, 2]}}}"], ["tune.space", "did you mean 'uniform'", "override"]),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_key_place_and_mend(

@@ -100,6 +100,20 @@ def test_interrupted_says_so_in_one_line_and_leaves_what_continues(
     assert bool(list(out.glob("artifacts/teacher-*/checkpoints/*.safetensors"))) == (how is signal.SIGINT)
 
 
+@pytest.mark.slow
+def test_a_head_that_is_gone_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    """Ray itself would end the process without a word, a minute later."""
+    config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
+    finished, killed = kill_workers(
+        ["run", config, "student.train.epochs=2000", "--out", out],
+        [(lambda: epochs_done(out, "student") >= 2, "gcs_server")],
+    )
+    assert len(killed) == 1
+    assert finished.code == 1
+    assert "the Ray head at" in finished.stderr.splitlines()[-1]
+    assert finished.stderr.splitlines()[-1].startswith("distill-ray: ")
+
+
 def test_a_diverging_teacher_ends_in_one_line_also_on_two_workers(tmp_path: Path) -> None:
     """Every rank fails, and Ray Train must not try again what will fail again."""
     config = write_config(tmp_path, SMALL_RUN | {"cluster": {"workers": 2, "cpus_per_worker": 1}})

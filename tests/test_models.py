@@ -103,3 +103,17 @@ def test_loading_what_is_not_a_model_is_one_line(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:50])
     with pytest.raises(UserError, match="does not fit"):
         distill_ray.load_model(str(tmp_path))
+
+
+def test_damaged_weights_of_a_finished_folder_are_refused(tmp_path: Path) -> None:
+    spec = _spec(CharCnnModel(name="char_cnn", channels=(2, 3), hidden=(5,)))
+    sha256 = save_model(Folder.at(tmp_path), spec, spec.build().net.state_dict())
+    Folder.at(tmp_path).write_json("summary.json", {"weights_sha256": sha256})
+    assert distill_ray.load_model(str(tmp_path)) is not None
+    weights = tmp_path / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match="damaged, or not the weights") as caught:
+        distill_ray.load_model(str(tmp_path))
+    assert "delete it" in str(caught.value)

@@ -298,3 +298,16 @@ def test_split_by_fractions_gives_each_row_once(fractions: tuple[float, ...]) ->
     again, other = (split_by_fractions(rows, fractions, seed=seed) for seed in (3, 4))
     assert all(np.array_equal(splits[name], again[name]) for name in splits)
     assert not np.array_equal(splits["validation"], other["validation"])
+
+
+def test_idx_warns_of_a_label_that_makes_empty_classes(tmp_path: Path) -> None:
+    arrays = write_idx(tmp_path)
+    name = next(name for name in arrays if name.startswith("train-labels"))
+    labels = arrays[name].copy()
+    labels[3] = 200
+    (tmp_path / name).write_bytes(idx_bytes(labels))
+    info = idx(tmp_path).info()
+    assert len(info.class_names) == 201
+    (warning,) = info.warnings
+    assert "of 201 classes have no training row" in warning
+    assert "data.classes" in warning

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE
+from distill_ray.artifacts import SPEC_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from distill_ray.config import InputConfig, ModelConfig
 from distill_ray.errors import UserError
 from distill_ray.models.classifier import Classifier, build_classifier
@@ -49,7 +49,7 @@ def load_model(folder: str | Folder, *, expected_sha256: str | None = None) -> C
 
     Args:
         folder: a stage folder such as ``runs/artifacts/student-<digest>``, by path or URI.
-        expected_sha256: refuse other weights than these.
+        expected_sha256: refuse other weights than these; by default those that the folder's summary.json names.
 
     Raises:
         UserError: a file is missing or damaged, or the weights do not fit model.json.
@@ -62,9 +62,11 @@ def load_model(folder: str | Folder, *, expected_sha256: str | None = None) -> C
         raise UserError(f"{place}: holds no trained model ({error.filename or WEIGHTS_FILE} is missing)") from None
     except ValidationError as error:
         raise UserError(f"{place.location(SPEC_FILE)}: {error.errors()[0]['msg']}: the file is damaged") from None
-    if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
+    wanted = expected_sha256 or _recorded_sha256(place)
+    if wanted is not None and (found := hashlib.sha256(data).hexdigest()) != wanted:
         raise UserError(
-            f"{place.location(WEIGHTS_FILE)}: sha256 is {found[:16]}..., expected {expected_sha256[:16]}..."
+            f"{place.location(WEIGHTS_FILE)}: damaged, or not the weights that were asked for (sha256 {found[:16]}..., "
+            f"expected {wanted[:16]}...): delete it, and the command that made it makes it again"
         )
     classifier = spec.build()
     try:
@@ -73,3 +75,11 @@ def load_model(folder: str | Folder, *, expected_sha256: str | None = None) -> C
         reason = " ".join(str(error).split())
         raise UserError(f"{place.location(WEIGHTS_FILE)}: does not fit {SPEC_FILE}: {reason}") from None
     return classifier.eval()
+
+
+def _recorded_sha256(place: Folder) -> str | None:
+    """What the finished folder says of its weights; None where it says nothing."""
+    try:
+        return str(place.read_json(SUMMARY_FILE)["weights_sha256"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

@@ -22,6 +22,7 @@ class SourceInfo:
     class_names: tuple[str, ...]
     synthetic: bool
     splits: Mapping[str, Indices]  # split -> the source's own row numbers
+    warnings: tuple[str, ...] = ()  # what looks wrong but may be meant
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,18 @@ class IdxSource:
         splits["test"] = self._sample(test, self._config.test_rows, "test_rows")
         if len(splits["train"]) == 0:
             raise UserError(f"data.rows {len(train)}: too few to divide into train and validation")
-        return SourceInfo((1, *images.shape[1:]), "uint8", tuple(str(c) for c in range(classes)), False, splits)
+        names = tuple(str(c) for c in range(classes))
+        warnings = self._empty_classes(labels[splits["train"]], classes)
+        return SourceInfo((1, *images.shape[1:]), "uint8", names, False, splits, warnings)
+
+    def _empty_classes(self, labels: npt.NDArray[np.uint8], classes: int) -> tuple[str, ...]:
+        empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+        if not empty.size:
+            return ()
+        return (
+            f"{self._file(_LABELS, 'train')}: {empty.size} of {classes} classes have no training row (the first: "
+            f"{empty[0]}); if the largest label is a mistake, data.classes says how many there are",
+        )
 
     def _sample(self, rows: Indices, limit: int | None, key: str) -> Indices:
         if limit is None:

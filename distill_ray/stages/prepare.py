@@ -44,6 +44,8 @@ def store_is_whole(target: Stage) -> bool:
 def _make(context: Context, target: Stage) -> None:
     info = open_source(context.config.data).info()
     _check_contract(context.config, info)
+    for warning in info.warnings:
+        context.reporter.warn(warning)
     plans = _plan(context.config, info)
     records, todo = keep_finished(target.folder, plans)
     arguments = {"config": to_dict(context.config), "folder": target.folder.uri}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 
@@ -10,9 +11,13 @@ from distill_ray.storage import Folder
 
 
 def is_whole(target: Stage) -> bool:
-    """Whether the folder is finished and its weights are there in their size."""
+    """Whether the folder is finished and its weights are those that it says."""
     summary = target.finished()
-    return summary is not None and target.folder.size(WEIGHTS_FILE) == summary.get("bytes")
+    if summary is None or target.folder.size(WEIGHTS_FILE) != summary.get("bytes"):
+        return False
+    if not target.folder.is_local:
+        return True  # reading it all to compare would cost a download; who loads it compares
+    return hashlib.sha256(target.folder.buffer(WEIGHTS_FILE)).hexdigest() == summary.get("weights_sha256")
 
 
 class Follower:

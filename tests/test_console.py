@@ -1,0 +1,44 @@
+"""What a person sees."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from distill_ray.console import results_table
+from tests.harness import environment
+
+ROW = {
+    "name": "student kd T=2 alpha=0.9, seed 0", "accuracy": 0.91515, "kl_to_teacher": 0.03832, "agreement": 0.9591,
+    "ece": 0.0277, "parameters": 8_481_598, "bytes": 33_927_232, "latency_ms": 1.543, "seconds": 1054.7,
+}  # fmt: skip
+PRINT = f"from distill_ray.console import results_table; results_table('title', [{ROW!r}])"
+
+
+def test_a_log_gets_every_column(capsys: pytest.CaptureFixture[str]) -> None:
+    results_table("title", [ROW, {**ROW, "name": "unlabelled", "accuracy": None}])
+    printed = capsys.readouterr().out
+    for number in ("0.9152", "0.0383", "0.9591", "0.0277", "8,481,598", "33,927,232", "1.543", "1054.7", "n/a"):
+        assert number in printed
+
+
+@pytest.mark.parametrize("width", [70, 80, 100, 140])
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers(width: int) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    done = subprocess.run([sys.executable, "-c", PRINT], stdout=theirs, env=environment(TERM="xterm"), timeout=60)
+    os.close(theirs)
+    printed = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert done.returncode == 0
+    assert "…" not in printed
+    assert "0.9152" in printed
+    assert "8,481,598" in printed
+    assert ("33,927,232" in printed) == (width == 140)
