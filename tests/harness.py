@@ -26,7 +26,7 @@ SMALL_RUN: dict[str, Any] = {
         "model": {"name": "char_cnn", "channels": [8, 16], "hidden": [64]},
         "train": {"epochs": 6, "batch_size": 64, "precision": "fp32", "lr": 0.002},
     },
-    "labels": {"precision": "fp32", "batch_size": 64},
+    "labels": {"precision": "fp32", "batch_size": 2},  # slow, so that a kill in the middle of labelling finds it there
     "student": {
         "model": {"name": "char_cnn", "channels": [4, 8], "hidden": [16]},
         "train": {"epochs": 8, "batch_size": 32, "precision": "fp32"},

@@ -113,8 +113,8 @@ def test_a_server_that_never_answers_delays_nothing_but_the_close(
         tracker.log("a", {"epoch": epoch})
     logged = time.monotonic() - started
     tracker.close()
-    assert logged < 3  # the work itself never waits for W&B
-    assert time.monotonic() - started < 30
+    assert logged < 15  # the work itself never waits for W&B, whose start alone would take 20 s
+    assert time.monotonic() - started < 60
     assert warnings
 
 

@@ -436,7 +436,10 @@ def test_the_command_fails_with_2_and_one_line(data: Store, case: str) -> None:
     else:
         target += "-nowhere"
     done = command(target, "--json", "--quiet", cwd=data.folder.path)
-    assert (done.returncode, done.stdout) == (2, "")
+    assert done.returncode == 2
+    answer = json.loads(done.stdout)  # one object and nothing else
+    assert answer["exit_code"] == 2
+    assert done.stderr == f"distill-ray: {answer['error']}\n"
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("distill-ray: ")
     assert target in done.stderr
