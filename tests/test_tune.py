@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -206,7 +207,9 @@ def test_the_front_and_the_summary(search: Search) -> None:
     assert sorted(p["latency_ms"] for p in pareto["latency"]) == [p["latency_ms"] for p in pareto["latency"]]
     summary = json.loads((search.folder / "summary.json").read_text())
     assert summary["counts"] == {"completed": 2, "infeasible": 1, "invalid": 3}
-    assert (summary["trials"], summary["teacher_passes"], summary["teacher_passes_without_labels"]) == (6, 0, 4)
+    assert (summary["trials"], summary["teacher_passes_without_labels"]) == (6, 4)
+    labels = only(search.folder.parent, "labels-*/manifest.json").read_bytes()
+    assert summary["labels_manifest_sha256"] == hashlib.sha256(labels).hexdigest()  # the search labelled nothing
     assert search.finished.answer["tune"]["best"] == summary["best"]
     assert len(search.finished.stdout.splitlines()) == 1, "Ray Tune is silent"
 
