@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
@@ -84,7 +83,7 @@ def exclusive(target: Stage, on_wait: Callable[[str], None]) -> Iterator[None]:
     if not target.folder.is_local:
         yield
         return
-    directory = Path(target.folder.uri).parent / ".locks"
+    directory = target.folder.path.parent / ".locks"
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(directory / f"{target.folder.name}.lock"))
     try:

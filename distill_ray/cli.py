@@ -20,6 +20,7 @@ import typer
 from distill_ray.errors import DistillRayError, Interrupted, RunError, UserError
 
 if TYPE_CHECKING:
+    from distill_ray.console import Reporter
     from distill_ray.stages.context import Context
 
 
@@ -148,9 +149,12 @@ _command("report", "Write report.html of the run, after every stage it shows.", 
 _command("export", "Write the student in portable forms, after what it needs.", _stage("export"))
 
 
-@app.command("verify", help="Check a data or label store: checksums, ids, coverage, finite logits.")
+@app.command("verify", help="Check a data or label store: checksums, ids, coverage, finite logits, a sample replayed.")
 def _verify(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or URI of the store.", show_default=False)],
+    sample: Annotated[
+        int, typer.Option("--sample", metavar="ROWS", min=0, help="Rows of a label store to run the teacher on again.")
+    ] = 256,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
@@ -159,12 +163,34 @@ def _verify(
     from distill_ray.storage import Folder
     from distill_ray.store.verify import verify
 
-    answer = verify(Folder.at(path), Reporter(quiet=quiet))
+    reporter = Reporter(quiet=quiet)
+    answer = verify(Folder.at(path), reporter)
+    if answer["kind"] == "labels":
+        answer["replay"] = _replayed(answer, sample, reporter)
     if json_output:
         print(json.dumps(answer), flush=True)
     elif not quiet:
         held = f"{answer['rows']} rows in {answer['shards']} shards"
+        if replayed := answer.get("replay"):
+            held += (
+                f", {replayed['rows']} of them run through the teacher again (largest difference "
+                f"{replayed['max_abs_difference']:.2g})"
+            )
         print(f"{answer['folder']}: {answer['kind'].removesuffix('s')} store, {held}: no fault found")
+
+
+def _replayed(answer: dict[str, Any], rows: int, reporter: Reporter) -> dict[str, Any] | None:
+    """What running the teacher again on a sample gave; None where that was not possible, and why was told."""
+    if not rows or answer["data"] is None:
+        return None
+    if answer["teacher"] is None:
+        reporter.line(f"verify: there is no teacher-{answer['teacher_digest']} beside it: no row was run again")
+        return None
+    from distill_ray.replay import replay
+    from distill_ray.storage import Folder
+    from distill_ray.store import open_store
+
+    return replay(open_store(answer["folder"]), open_store(answer["data"]), Folder.at(answer["teacher"]), rows)
 
 
 def main() -> None:

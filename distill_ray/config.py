@@ -312,6 +312,9 @@ class ClusterConfig(Section):
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = setting("auto")
     cpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=1)] = setting("auto")
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = setting("auto")
+    # Where each node keeps copies of the shards of remote stores, and how much at most; 0 keeps none.
+    cache_dir: str = setting("auto", digest="never", min_length=1)
+    cache_gib: float = setting(20.0, digest="never", ge=0)
 
 
 class Config(Section):
@@ -563,5 +566,8 @@ def _absolute_paths(config: Config) -> Config:
         if "://" in path:
             raise UserError("data.path: source idx reads local files, this is a URI: copy the folder to a local path")
         data = config.data.model_copy(update={"path": str(Path(path).expanduser().resolve())})
-        return config.model_copy(update={"data": data})
+        config = config.model_copy(update={"data": data})
+    if config.cluster.cache_dir != "auto":
+        where = str(Path(config.cluster.cache_dir).expanduser().absolute())
+        config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cache_dir": where})})
     return config

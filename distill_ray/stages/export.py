@@ -21,11 +21,10 @@ from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE
 from distill_ray.config import to_dict
 from distill_ray.errors import RunError
 from distill_ray.models import Classifier, ModelSpec, load_model
-from distill_ray.stages import prepare, results, student
+from distill_ray.stages import opening, prepare, results, student
 from distill_ray.stages.context import Context
 from distill_ray.stages.student import Student
 from distill_ray.storage import Folder
-from distill_ray.store import open_store
 
 EXPORT_FOLDER = "export"
 PROGRAM_FILE, RECORD_FILE = "student.pt2", "export.json"
@@ -140,7 +139,7 @@ def _record(best: Student, spec: ModelSpec, files: Mapping[str, bytes]) -> dict[
 
 def _test_rows(context: Context) -> Tensor:
     """Real rows that no model was trained on, as the store has them."""
-    data = open_store(prepare.run(context).folder)
+    data = opening.data_store(context.config, prepare.run(context))
     first = data.manifest.splits["test"].shards[0]
     return torch.from_numpy(data.data_shard(first).inputs[:_CHECK_ROWS].copy())  # the shard is mapped read-only
 

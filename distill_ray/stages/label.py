@@ -11,11 +11,11 @@ from distill_ray.artifacts import Stage
 from distill_ray.config import Config, digest_payload
 from distill_ray.errors import RunError
 from distill_ray.placing import Placement
-from distill_ray.stages import prepare, teacher
+from distill_ray.stages import opening, prepare, teacher
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
-from distill_ray.stages.shard_job import ShardPlan, keep_finished, run_shards, sweep_orphans
+from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards
 from distill_ray.storage import Folder
-from distill_ray.store import LabelManifest, ShardRecord, open_store
+from distill_ray.store import LabelManifest, ShardCache, ShardRecord, open_store
 from distill_ray.store import manifest as manifests
 
 _CHECK_ROWS = 512  # of the first training shard, run in fp32 beside the resolved precision
@@ -26,7 +26,10 @@ def run(context: Context) -> Stage:
     data = prepare.run(context)
     model = teacher.run(context)
     target = locate(context.config, context.out, data, model)
-    return context.once("label", target, prepare.store_is_whole, lambda: _make(context, data, model, target))
+    context.once("label", target, opening.store_is_whole, lambda: _make(context, data, model, target))
+    store = opening.label_store(context.config, target, opening.data_store(context.config, data))
+    opening.check_teacher(store, model, weights_sha256(model))
+    return target
 
 
 def locate(config: Config, out: Folder, data: Stage, model: Stage) -> Stage:
@@ -47,7 +50,7 @@ def weights_sha256(model: Stage) -> str:
 
 
 def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
-    source = open_store(data.folder)
+    source = opening.data_store(context.config, data)
     plans = [
         ShardPlan(shard.split, shard.index, shard.first_id, shard.rows, {"record": shard.model_dump()})
         for shard in source.manifest.shards
@@ -55,7 +58,10 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     records, todo = keep_finished(target.folder, plans)
     nodes = context.session.start()
     placement = placing.independent(context.config.cluster, nodes, max(1, len(todo)))
-    arguments: dict[str, Any] = {"teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri}
+    arguments: dict[str, Any] = {
+        "teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri,
+        "cache": opening.cache_of(context.config),
+    }  # fmt: skip
     check = _resolve(context, target, arguments, placement)
     write_stage_config(target, config_section(context.config, "labels"), {"precision": check["precision"]})
     arguments |= {
@@ -76,8 +82,7 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         teacher_digest=model.digest, teacher_weights_sha256=weights_sha256(model), precision=check["precision"],
         precision_check={key: check[key] for key in ("rows", "top1_agreement", "kl", "max_abs_difference")},
     )  # fmt: skip
-    manifests.write(target.folder, manifest)
-    sweep_orphans(target.folder, manifest)
+    commit(target, manifest)
     _log(context, target, manifest, {"label_seconds": seconds, "label_rows": sum(r.rows for r in fresh)})
 
 
@@ -113,7 +118,9 @@ def _resolve(context: Context, target: Stage, arguments: dict[str, Any], placeme
     return answer
 
 
-def check_precision(folder: Folder, asked: Any, teacher: str, weights: str, data: str) -> dict[str, Any]:
+def check_precision(
+    folder: Folder, asked: Any, teacher: str, weights: str, data: str, cache: ShardCache
+) -> dict[str, Any]:
     """Runs on a worker: the resolved precision, and its agreement with fp32 and KL(fp32 || resolved) on a sample."""
     import torch
     from torchmetrics import KLDivergence
@@ -126,7 +133,7 @@ def check_precision(folder: Folder, asked: Any, teacher: str, weights: str, data
     device = runtime.worker_device()
     resolved = model_folder.resolve_precision(folder, asked, device)
     model = load_model(Folder(teacher), expected_sha256=weights).to(device)
-    store = open_store(Folder(data))
+    store = open_store(Folder(data), cache)
     inputs = store.data_shard(store.manifest.splits["train"].shards[0]).inputs[:_CHECK_ROWS]
     rows = torch.from_numpy(inputs.copy())  # the shard is mapped read-only
     exact, used = (logits_of(model, rows, _CHECK_ROWS, p, device) for p in ("fp32", resolved))
@@ -144,8 +151,9 @@ class Labeller:
     """A labelling actor: holds the teacher, turns one data shard at a time into its label shard."""
 
     def __init__(
-        self, teacher: str, weights: str, data: str, folder: str, precision: str, threads: int, batch_size: int
-    ) -> None:
+        self, teacher: str, weights: str, data: str, cache: ShardCache, folder: str, precision: str, threads: int,
+        batch_size: int,
+    ) -> None:  # fmt: skip
         import torch
 
         from distill_ray.models import load_model
@@ -153,7 +161,7 @@ class Labeller:
         torch.set_num_threads(threads)
         self._device = runtime.worker_device()
         self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)
-        self._data, self._folder = open_store(Folder(data)), Folder(folder)
+        self._data, self._folder = open_store(Folder(data), cache), Folder(folder)
         self._precision, self._batch_size = precision, batch_size
 
     def __call__(self, item: Mapping[str, Any]) -> ShardRecord:

@@ -12,33 +12,26 @@ from distill_ray.artifacts import Stage
 from distill_ray.config import Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.sources import SPLITS, SourceInfo, open_source
+from distill_ray.stages import opening
 from distill_ray.stages.context import Context
-from distill_ray.stages.shard_job import ShardPlan, keep_finished, run_shards, sweep_orphans
+from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards
 from distill_ray.storage import Folder
-from distill_ray.store import DataManifest, ShardRecord, open_store, shards
+from distill_ray.store import DataManifest, ShardRecord, shards
 from distill_ray.store import manifest as manifests
 
 
 def run(context: Context) -> Stage:
     """The finished data store of the config."""
     target = locate(context.config, context.out)
-    return context.once("prepare", target, store_is_whole, lambda: _make(context, target))
+    context.once("prepare", target, opening.store_is_whole, lambda: _make(context, target))
+    opening.data_store(context.config, target)  # refuses a folder that holds another store
+    return target
 
 
 def locate(config: Config, out: Folder) -> Stage:
     """The folder of this config's data store, finished or not."""
     source = open_source(config.data)
     return artifacts.stage(out, "data", {"config": digest_payload(config.data), "source": source.fingerprint()})
-
-
-def store_is_whole(target: Stage) -> bool:
-    """Whether the store is committed and every shard is there in its size."""
-    if target.finished() is None:
-        return False
-    try:
-        return open_store(target.folder).missing_shard() is None
-    except UserError:
-        return False
 
 
 def _make(context: Context, target: Stage) -> None:
@@ -64,8 +57,7 @@ def _make(context: Context, target: Stage) -> None:
         splits=manifests.split_records(records), source=context.config.data.source, synthetic=info.synthetic,
         shape=info.shape, dtype=info.dtype, input=context.config.data.input, config=to_dict(context.config.data),
     )  # fmt: skip
-    manifests.write(target.folder, manifest)
-    sweep_orphans(target.folder, manifest)
+    commit(target, manifest)
 
 
 def _plan(config: Config, info: SourceInfo) -> list[ShardPlan]:

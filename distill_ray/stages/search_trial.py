@@ -11,10 +11,11 @@ from distill_ray import artifacts, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, from_dict, to_dict
 from distill_ray.errors import DistillRayError
-from distill_ray.stages import progress, search_space
+from distill_ray.stages import opening, progress, search_space
 from distill_ray.stages.context import write_stage_config
 from distill_ray.stages.search_space import METRIC, Inputs
 from distill_ray.storage import Folder
+from distill_ray.store import ShardCache, open_store, read_split
 
 _STOP_TIMEOUT_S = "60"
 
@@ -22,13 +23,9 @@ _STOP_TIMEOUT_S = "60"
 def job_of(inputs: Inputs, threads: int) -> dict[str, Any]:
     """What every trial is sent: the config and where the two stores are. No teacher."""
     return {
-        "config": to_dict(inputs.config), "out": inputs.out.uri, "threads": threads,
-        "data": _travelling(inputs.data), "labels": _travelling(inputs.labels),
+        "config": to_dict(inputs.config), "out": inputs.out, "threads": threads, "data": inputs.data, "labels":
+        inputs.labels,
     }  # fmt: skip
-
-
-def _travelling(stage: Stage) -> list[str]:
-    return [stage.name, stage.digest, stage.folder.uri]
 
 
 class _TakenError(Exception):
@@ -42,7 +39,7 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = _STOP_TIMEOUT_S
     config = from_dict(job["config"])
     assert config.tune is not None
-    inputs = Inputs(config, Folder(job["out"]), _arrived(job["data"]), _arrived(job["labels"]))
+    inputs = Inputs(config, job["out"], job["data"], job["labels"])
     trial = search_space.plan(inputs, search_space.decode(config.tune.space, sample))
     if trial.status != "ready" or trial.config is None or trial.stage is None:
         _report(0, 0.0, reason=trial.reason)  # epoch 0 is below ASHA's first rung: it cuts nobody
@@ -61,7 +58,6 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
 
 def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
     from distill_ray.stages import model_folder
-    from distill_ray.store import open_store
     from distill_ray.training import Worker, fit
 
     history, section = _history(target), config.student
@@ -70,11 +66,11 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
     if len(history) >= section.train.epochs:
         return
     device, seed = runtime.worker_device(), section.seeds[0]
-    data = open_store(inputs.data.folder).data_manifest
-    spec = model_folder.student_spec(data, section, section.loss, seed, target.folder, device)
+    data = opening.data_store(inputs.config, inputs.data)
+    spec = model_folder.student_spec(data.data_manifest, section, section.loss, seed, target.folder, device)
     where = {"precision": spec.precision, "threads": threads, "device": device.type}
     write_stage_config(target, to_dict(section) | {"seed": seed}, where)
-    train, validation = _splits(inputs.data.folder, inputs.labels.folder)
+    train, validation = _splits(opening.cache_of(config), inputs.data.folder, inputs.labels.folder)
 
     def on_epoch(row: dict[str, float]) -> None:
         history.append(row)
@@ -86,11 +82,9 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _splits(data: Folder, labels: Folder) -> tuple[Any, Any]:
+def _splits(cache: ShardCache, data: Folder, labels: Folder) -> tuple[Any, Any]:
     """Train and validation rows, read once an actor: actors are reused from trial to trial."""
-    from distill_ray.store import open_store, read_split
-
-    stores = open_store(data), open_store(labels)
+    stores = open_store(data, cache), open_store(labels, cache)
     return read_split(stores[0], "train", stores[1]), read_split(stores[0], "validation", stores[1])
 
 
@@ -110,11 +104,6 @@ def _best(history: Sequence[Mapping[str, float]]) -> float:
 
 def _history(target: Stage) -> artifacts.History:
     return progress.read_history(target.folder)
-
-
-def _arrived(travelling: Sequence[str]) -> Stage:
-    name, digest, uri = travelling
-    return Stage(name, digest, Folder(uri))  # type: ignore[arg-type]
 
 
 def _do_not_wait(message: str) -> None:

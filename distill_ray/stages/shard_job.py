@@ -9,15 +9,22 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill_ray import runtime
+from distill_ray.artifacts import Stage
 from distill_ray.errors import DistillRayError, RunError, UserError
 from distill_ray.placing import Placement
+from distill_ray.stages import opening
 from distill_ray.storage import Folder
 from distill_ray.store import ShardRecord, shards
+from distill_ray.store import manifest as manifests
 from distill_ray.store.manifest import SHARD_NAME, StoreManifest
+
+_RECOVERY_THREADS = 16
+_REMOTE_ORPHAN_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,15 @@ def keep_finished(folder: Folder, plans: Sequence[ShardPlan]) -> tuple[list[Shar
     for name in folder.names():
         if match := SHARD_NAME.match(name):
             left.setdefault((match["split"], int(match["index"])), []).append(name)
-    records: list[ShardRecord] = []
-    todo: list[ShardPlan] = []
-    for plan in plans:
-        found = _whole_shard(folder, left.get((plan.split, plan.index), []), plan)
-        if found is None:
-            todo.append(plan)
-        else:
-            records.append(found)
-    return records, todo
+
+    def recovered(plan: ShardPlan) -> ShardRecord | None:
+        return _whole_shard(folder, left.get((plan.split, plan.index), []), plan)
+
+    # Each is read once, from a disk or an object store: threads, since neither reading nor hashing holds the GIL.
+    with ThreadPoolExecutor(_RECOVERY_THREADS) as pool:
+        found = list(pool.map(recovered, plans))
+    records = [record for record in found if record is not None]
+    return records, [plan for plan, record in zip(plans, found, strict=True) if record is None]
 
 
 def _whole_shard(folder: Folder, names: Sequence[str], plan: ShardPlan) -> ShardRecord | None:
@@ -153,15 +160,24 @@ def _unpacked(stage: str, row: Mapping[str, str]) -> ShardRecord:
     raise failure
 
 
+def commit(target: Stage, manifest: StoreManifest) -> None:
+    """Write the manifest and sweep the shards that it does not name; the first of several writers wins.
+
+    Locally this process holds the folder (see artifacts.exclusive). Object stores have no locks: a writer that finds a
+    whole store in its place leaves it be, since readers may have opened it.
+    """
+    if not target.folder.is_local and opening.store_is_whole(target):
+        return
+    manifests.write(target.folder, manifest)
+    sweep_orphans(target.folder, manifest)
+
+
 def sweep_orphans(folder: Folder, manifest: StoreManifest) -> None:
     """Delete shards that the manifest does not name: leftovers of killed or superseded writers.
 
-    Only where this process holds the folder (see artifacts.exclusive): elsewhere another writer may be about to commit
-    shards of its own.
+    On object stores only those older than a day: another writer may be about to commit younger ones.
     """
-    if not folder.is_local:
-        return
     named = {record.file for record in manifest.shards}
-    for name in folder.names():
+    for name in folder.names() if folder.is_local else folder.names_older_than(_REMOTE_ORPHAN_S):
         if SHARD_NAME.match(name) and name not in named:
             folder.delete(name)

@@ -17,7 +17,7 @@ from distill_ray import artifacts, placing, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, KdLoss, LossConfig, digest_payload, from_dict, to_dict
 from distill_ray.placing import Placement
-from distill_ray.stages import label, prepare, progress
+from distill_ray.stages import label, opening, prepare, progress
 from distill_ray.stages.context import Context, Outcome, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
@@ -88,12 +88,10 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
     import ray
 
     from distill_ray.stages import model_folder
-    from distill_ray.store import open_store
 
     context.announce_ray()
-    model_folder.model_spec(open_store(data.folder).data_manifest, context.config.student.model).build(
-        key="student.model"
-    )
+    source = opening.data_store(context.config, data)
+    model_folder.model_spec(source.data_manifest, context.config.student.model).build(key="student.model")
     placement = placing.student(context.config.cluster, context.session.start(), wanted)
     options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_retries": _MAX_RETRIES}
     before = {student.stage.digest: len(progress.read_history(student.stage.folder)) for student in todo}
@@ -112,9 +110,8 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
 
 def _job(config: Config, data: Stage, labels: Stage, student: Student, placement: Placement) -> dict[str, Any]:
     return {
-        "config": to_dict(config), "data": data.folder.uri, "labels": labels.folder.uri, "seed": student.seed,
-        "loss": to_dict(student.loss), "stage": [student.stage.name, student.stage.digest, student.stage.folder.uri],
-        "threads": placement.cpus,
+        "config": to_dict(config), "data": data, "labels": labels, "seed": student.seed,
+        "loss": to_dict(student.loss), "stage": student.stage, "threads": placement.cpus,
     }  # fmt: skip
 
 
@@ -163,11 +160,11 @@ def _record(context: Context, student: Student, epochs_before: int, finish_secon
 def train_student(job: Mapping[str, Any]) -> None:
     """Runs in a Ray task: train one student to its last epoch, from wherever its folder stands."""
     from distill_ray.stages import model_folder
-    from distill_ray.store import open_store, read_split
+    from distill_ray.store import read_split
     from distill_ray.training import Worker, fit
 
     config, target, device = _unpack(job)
-    data, labels = open_store(Folder(job["data"])), open_store(Folder(job["labels"]))
+    data, labels = _stores(config, job)
     spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
     where = {"precision": spec.precision, "threads": job["threads"], "device": device.type}
     section = to_dict(config.student) | {"loss": job["loss"], "seed": job["seed"]}
@@ -181,12 +178,12 @@ def finish_student(job: Mapping[str, Any]) -> float:
     import time
 
     from distill_ray.stages import model_folder
-    from distill_ray.store import open_store, read_split
+    from distill_ray.store import read_split
     from distill_ray.training import export_best
 
     started = time.perf_counter()
     config, target, device = _unpack(job)
-    data, labels = open_store(Folder(job["data"])), open_store(Folder(job["labels"]))
+    data, labels = _stores(config, job)
     spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
     extra = {
         "precision": spec.precision, "seed": job["seed"], "loss": job["loss"],
@@ -199,8 +196,12 @@ def finish_student(job: Mapping[str, Any]) -> float:
 
 
 def _unpack(job: Mapping[str, Any]) -> tuple[Config, Stage, Any]:
-    name, digest, uri = job["stage"]
-    return from_dict(job["config"]), Stage(name, digest, Folder(uri)), runtime.worker_device()
+    return from_dict(job["config"]), job["stage"], runtime.worker_device()
+
+
+def _stores(config: Config, job: Mapping[str, Any]) -> tuple[Any, Any]:
+    data = opening.data_store(config, job["data"])
+    return data, opening.label_store(config, job["labels"], data)
 
 
 def _loss(job: Mapping[str, Any]) -> CeLoss | KdLoss:

@@ -13,7 +13,7 @@ from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import DistillRayError, RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import prepare, progress
+from distill_ray.stages import opening, prepare, progress
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
@@ -38,16 +38,16 @@ def locate(config: Config, out: Folder, data: Stage) -> Stage:
 
 def _make(context: Context, data: Stage, target: Stage) -> None:
     from distill_ray.stages import model_folder
-    from distill_ray.store import open_store
 
     nodes = context.session.start()
     placement = placing.training(context.config.cluster, nodes)
-    spec = model_folder.model_spec(open_store(data.folder).data_manifest, context.config.teacher.model)
+    source = opening.data_store(context.config, data)
+    spec = model_folder.model_spec(source.data_manifest, context.config.teacher.model)
     spec.build(key="teacher.model")  # refuses a network that does not fit the data before any worker starts
     arguments: dict[str, Any] = {
         "config": to_dict(context.config),
-        "data": data.folder.uri,
-        "stage": [target.name, target.digest, target.folder.uri],
+        "data": data,
+        "stage": target,
         "workers": placement.workers,
         "threads": placement.cpus,
         "attempt": secrets.token_hex(8),
@@ -122,7 +122,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     shard). So our own errors are written down. A worker alone then ends in peace; one among several raises, since its
     peers wait for it in a collective, and the group that Ray starts anew finds the note and ends at once.
     """
-    folder = Folder(arguments["stage"][2])
+    folder = arguments["stage"].folder
     if _failure_of(folder, arguments["attempt"]) is not None:
         return
     try:
@@ -150,12 +150,11 @@ def _train_in_worker(arguments: dict[str, Any]) -> None:
     import ray.train.torch
 
     from distill_ray.stages import model_folder
-    from distill_ray.store import open_store, read_split
+    from distill_ray.store import read_split
     from distill_ray.training import FitSpec, Worker, fit
 
     config = from_dict(arguments["config"])
-    name, digest, uri = arguments["stage"]
-    target = Stage(name, digest, Folder(uri))
+    target: Stage = arguments["stage"]
     place = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(place.get_world_rank(), place.get_world_size(), arguments["threads"], device)
@@ -163,7 +162,7 @@ def _train_in_worker(arguments: dict[str, Any]) -> None:
     if worker.rank == 0:
         where = {"precision": resolved, "workers": worker.world_size, "threads": worker.threads, "device": device.type}
         write_stage_config(target, config_section(config, "teacher"), where)
-    data = open_store(Folder(arguments["data"]))
+    data = opening.data_store(config, arguments["data"])
     spec = FitSpec(
         model_folder.model_spec(data.data_manifest, config.teacher.model), config.teacher.train, CeLoss(name="ce"),
         config.teacher.seed, resolved,

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+from distill_ray.store.cache import ShardCache
 from distill_ray.store.manifest import DataManifest, LabelManifest, ShardRecord
-from distill_ray.store.reader import SplitArrays, Store, open_store, read_split
+from distill_ray.store.reader import (
+    SplitArrays,
+    Store,
+    check_identity,
+    check_twins,
+    open_store,
+    read_shards,
+    read_split,
+)
 
-__all__ = ["DataManifest", "LabelManifest", "ShardRecord", "SplitArrays", "Store", "open_store", "read_split"]
+__all__ = [
+    "DataManifest",
+    "LabelManifest",
+    "ShardCache",
+    "ShardRecord",
+    "SplitArrays",
+    "Store",
+    "check_identity",
+    "check_twins",
+    "open_store",
+    "read_shards",
+    "read_split",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -130,18 +130,27 @@ def read(folder: Folder) -> DataManifest | LabelManifest:
         raise UserError(f"{place}: cannot be read as JSON ({error}): delete it to make the store again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{place}: is not the manifest of a {FORMAT}")
-    version = str(raw.get("format_version", ""))
-    major = version.split(".")[0]
-    if not major.isdecimal() or int(major) > _MAJOR:
-        raise UserError(
-            f"{place}: has format version {version!r}, this code reads up to {_MAJOR}.x: update distill-ray"
-        )
+    check_version(raw, place)
     try:
         return _Envelope.model_validate({"manifest": raw}).manifest
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"][2:]) or "kind"
         raise UserError(f"{place}: {key}: {problem['msg']}: delete it to make the store again") from None
+
+
+def check_version(raw: Mapping[str, Any], place: str) -> None:
+    """Refuse a manifest that this code cannot understand, by name.
+
+    Raises:
+        UserError: its major version is newer than this code, or none.
+    """
+    version = str(raw.get("format_version", ""))
+    major = version.split(".")[0]
+    if not major.isdecimal() or int(major) > _MAJOR:
+        raise UserError(
+            f"{place}: has format version {version!r}, this code reads up to {_MAJOR}.x: update distill-ray"
+        )
 
 
 def write(folder: Folder, manifest: StoreManifest) -> None:

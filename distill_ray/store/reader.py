@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from distill_ray.errors import UserError
 from distill_ray.storage import Folder
 from distill_ray.store import manifest as manifests
 from distill_ray.store import shards
+from distill_ray.store.cache import ShardCache
 from distill_ray.store.manifest import DataManifest, LabelManifest, ShardRecord
 
 
@@ -32,9 +35,10 @@ class SplitArrays:
 class Store:
     """A finished store. Opening it reads the manifest alone."""
 
-    def __init__(self, folder: Folder, manifest: DataManifest | LabelManifest) -> None:
+    def __init__(self, folder: Folder, manifest: DataManifest | LabelManifest, cache: ShardCache | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._cache = cache
 
     @cached_property
     def data_manifest(self) -> DataManifest:
@@ -51,28 +55,69 @@ class Store:
         return self.manifest
 
     def data_shard(self, record: ShardRecord, *, verify: bool = True) -> shards.DataShard:
-        """One shard of a data store."""
-        batch = shards.read(self.folder, record, verify=verify)
-        return shards.decode_data(batch, self.data_manifest.shape)
+        """One shard of a data store, in memory that is mapped or shared: read-only."""
+        return shards.decode_data(self.batch(record, verify=verify), self.data_manifest.shape)
 
     def label_shard(self, record: ShardRecord, *, verify: bool = True) -> shards.LabelShard:
-        """One shard of a label store."""
-        batch = shards.read(self.folder, record, verify=verify)
-        return shards.decode_logits(batch, self.label_manifest.classes)
+        """One shard of a label store, in memory that is mapped or shared: read-only."""
+        return shards.decode_logits(self.batch(record, verify=verify), self.label_manifest.classes)
+
+    def batch(self, record: ShardRecord, *, verify: bool = True) -> pa.RecordBatch:
+        """The columns of one shard; a remote one by way of the local cache, if the store was opened with one.
+
+        Raises:
+            UserError: the file is missing, or is not what the manifest says (size, and checksum where ``verify``).
+        """
+        return shards.read(self.folder, record, verify=verify, cache=self._cache)
 
     def missing_shard(self) -> str | None:
-        """The name of the first shard whose file is absent or has another size; one look at each file, no reading."""
-        return next((s.file for s in self.manifest.shards if self.folder.size(s.file) != s.bytes), None)
+        """The name of the first shard whose file is absent or has another size; one listing, no reading."""
+        sizes = self.folder.sizes()
+        return next((shard.file for shard in self.manifest.shards if sizes.get(shard.file) != shard.bytes), None)
 
 
-def open_store(location: str | Folder) -> Store:
-    """Open the store in a folder.
+def open_store(location: str | Folder, cache: ShardCache | None = None) -> Store:
+    """Open the store in a folder; ``cache`` keeps local copies of the shards where the folder is remote.
 
     Raises:
         UserError: the folder holds no finished store that this code reads.
     """
     folder = location if isinstance(location, Folder) else Folder.at(location)
-    return Store(folder, manifests.read(folder))
+    return Store(folder, manifests.read(folder), cache)
+
+
+def read_shards(data: Store, split: str, labels: Store | None = None) -> Iterator[SplitArrays]:
+    """The rows of a split shard by shard, each checked against its checksum, logits joined by row id.
+
+    The arrays are views of mapped files or of one shard's memory: read-only, and what is held does not grow with the
+    number of shards.
+
+    Raises:
+        UserError: no such split, a damaged shard, or a label store made from other data.
+    """
+    if split not in data.manifest.splits:
+        raise UserError(f"{data.folder}: has no split {split!r}, only {', '.join(data.manifest.splits)}")
+    records = data.manifest.splits[split].shards
+    twins: tuple[ShardRecord | None, ...] = (None,) * len(records)
+    if labels is not None:
+        check_twins(data, labels)
+        twins = labels.manifest.splits[split].shards
+        if len(twins) != len(records):
+            raise UserError(
+                f"{labels.folder}: has {len(twins)} shards of split {split}, {data.folder} has {len(records)}"
+            )
+    for record, twin in zip(records, twins, strict=True):
+        part = data.data_shard(record)
+        logits = None
+        if labels is not None and twin is not None:
+            labelled = labels.label_shard(twin)
+            if not np.array_equal(part.row_ids, labelled.row_ids):
+                raise UserError(
+                    f"{labels.folder.location(twin.file)}: its row ids are not those of "
+                    f"{data.folder.location(record.file)}: run distill-ray verify on both stores"
+                )
+            logits = labelled.logits
+        yield SplitArrays(part.row_ids, part.inputs, part.labels, logits)
 
 
 def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArrays:
@@ -81,24 +126,43 @@ def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArr
     Raises:
         UserError: no such split, a damaged shard, or a label store made from other data.
     """
-    if split not in data.manifest.splits:
-        raise UserError(f"{data.folder}: has no split {split!r}, only {', '.join(data.manifest.splits)}")
-    if labels is not None:
-        check_twins(data, labels)
-    parts = [data.data_shard(record) for record in data.manifest.splits[split].shards]
-    row_ids = np.concatenate([part.row_ids for part in parts])
-    logits = None
-    if labels is not None:
-        twins = [labels.label_shard(record) for record in labels.manifest.splits[split].shards]
-        if not np.array_equal(row_ids, np.concatenate([twin.row_ids for twin in twins])):
-            raise UserError(f"{labels.folder}: the row ids of split {split} are not those of {data.folder}")
-        logits = np.concatenate([twin.logits for twin in twins])
+    whole: SplitArrays | None = None
+    start = 0
+    for part in read_shards(data, split, labels):
+        if whole is None:
+            whole = _room_for(data.manifest.splits[split].rows, part)
+        stop = start + len(part)
+        whole.row_ids[start:stop] = part.row_ids
+        whole.inputs[start:stop] = part.inputs
+        whole.labels[start:stop] = part.labels
+        if whole.logits is not None:
+            whole.logits[start:stop] = part.logits
+        start = stop
+    if whole is None or start != len(whole):
+        raise UserError(f"{data.folder}: split {split} has {start} rows, its manifest says otherwise: run verify on it")
+    return whole
+
+
+def _room_for(rows: int, like: SplitArrays) -> SplitArrays:
+    """Uninitialised arrays for ``rows`` rows: filled shard by shard, so that no shard is in memory twice."""
+    logits = None if like.logits is None else np.empty((rows, *like.logits.shape[1:]), dtype=np.float16)
     return SplitArrays(
-        row_ids,
-        np.concatenate([part.inputs for part in parts]),
-        np.concatenate([part.labels for part in parts]),
+        np.empty(rows, dtype=np.int64),
+        np.empty((rows, *like.inputs.shape[1:]), dtype=like.inputs.dtype),
+        np.empty(rows, dtype=np.int64),
         logits,
     )
+
+
+def check_identity(store: Store, digest: str, remedy: str) -> None:
+    """Refuse a store that is not the one asked for, naming both digests; there is no way around it.
+
+    Raises:
+        UserError: says which store the folder holds, and ``remedy``.
+    """
+    if store.manifest.digest != digest:
+        held = f"holds the store {store.manifest.kind}-{store.manifest.digest}"
+        raise UserError(f"{store.folder}: {held}, the config's is {store.manifest.kind}-{digest}: {remedy}")
 
 
 def check_twins(data: Store, labels: Store) -> None:
@@ -110,6 +174,8 @@ def check_twins(data: Store, labels: Store) -> None:
         )
     if labels.manifest.classes != data.manifest.classes:
         raise UserError(f"{labels.folder}: has {labels.manifest.classes} classes, the data has {data.manifest.classes}")
+    if labels.manifest.class_names != data.manifest.class_names:
+        raise UserError(f"{labels.folder}: its classes have other names than those of the data, {data.folder}")
     if set(labels.manifest.splits) != set(data.manifest.splits):
         raise UserError(
             f"{labels.folder}: has the splits {', '.join(labels.manifest.splits)}, the data has "

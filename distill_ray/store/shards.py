@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from distill_ray.errors import RunError, UserError
 from distill_ray.storage import Folder
+from distill_ray.store.cache import ShardCache
 from distill_ray.store.manifest import SHARD_NAME, ShardRecord
 
 MAX_SHARD_BYTES = 100 * 2**20
@@ -110,19 +111,24 @@ def write(folder: Folder, split: str, index: int, batch: pa.RecordBatch) -> Shar
     return _record(split, index, name, batch, data.size, sha256)
 
 
-def read(folder: Folder, record: ShardRecord, *, verify: bool) -> pa.RecordBatch:
-    """Read a shard that a manifest names, memory-mapped where it is local.
+def read(folder: Folder, record: ShardRecord, *, verify: bool, cache: ShardCache | None = None) -> pa.RecordBatch:
+    """Read a shard that a manifest names, memory-mapped where it is local; ``cache`` keeps copies of remote ones.
 
     Raises:
         UserError: the file is missing, or is not what the manifest says (size, and checksum where ``verify``).
     """
     place = folder.location(record.file)
+    checked = False
     try:
-        buffer = folder.buffer(record.file)
+        if cache is None or folder.is_local:
+            buffer = folder.buffer(record.file)
+        else:
+            buffer, checked = cache.get(record.sha256, record.bytes, lambda: folder.buffer(record.file))
     except FileNotFoundError:
         raise UserError(
             f"{place}: missing shard: the store is damaged; delete its manifest.json to make it again"
         ) from None
+    verify = verify and not checked
     if buffer.size != record.bytes or (verify and hashlib.sha256(buffer).hexdigest() != record.sha256):
         raise UserError(
             f"{place}: damaged shard (its checksum is not the manifest's); delete it and manifest.json to make it again"

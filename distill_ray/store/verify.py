@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from distill_ray.console import Reporter
 from distill_ray.errors import UserError
-from distill_ray.storage import Folder
+from distill_ray.storage import Folder, reason_of
 from distill_ray.store import manifest as manifests
 from distill_ray.store import reader, shards
 from distill_ray.store.manifest import SHARD_NAME, DataManifest, ShardRecord, StoreManifest
@@ -64,7 +64,7 @@ def _open(folder: Folder) -> Store:
             what = "is a file, not the folder of a store" if folder.path.exists() else "no such folder"
             raise UserError(f"{folder}: {what}; give a folder data-... or labels-... of <out>/artifacts")
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{folder}: cannot be read ({_reason(error)})") from None
+        raise UserError(f"{folder}: cannot be read ({reason_of(error)})") from None
     if not names:
         raise UserError(f"{folder}: holds no files; give a folder data-... or labels-... of <out>/artifacts")
     if manifests.FILE not in names:
@@ -72,12 +72,6 @@ def _open(folder: Folder) -> Store:
             raise UserError(f"{folder}: has shards but no {manifests.FILE}: unfinished; run its command again")
         raise UserError(f"{folder}: is not a store: it has no {manifests.FILE}")
     return reader.open_store(folder)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _manifest_faults(folder: Folder, manifest: StoreManifest) -> Iterator[str]:
@@ -124,7 +118,7 @@ class _Check:
             self._unread(record, str(error))
             return None
         except (OSError, pa.ArrowException) as error:
-            self._unread(record, f"{place}: cannot be read ({_reason(error)}): {_REMAKE}")
+            self._unread(record, f"{place}: cannot be read ({reason_of(error)}): {_REMAKE}")
             return None
         wrong = _schema_fault(batch, self.store.manifest)
         if wrong is not None:
@@ -256,7 +250,7 @@ class _Twins:
     @classmethod
     def beside(cls, labels: Store, faults: list[str], reporter: Reporter) -> _Twins:
         """Open the data store in the same artifacts folder."""
-        folder = _sibling(labels.folder, f"data-{labels.label_manifest.data_digest}")
+        folder = data_folder(labels)
         if not folder.exists(manifests.FILE):
             reporter.line(f"verify: there is no {folder.name} beside it: its row ids were not compared with the data")
             return cls(labels, None)
@@ -311,28 +305,33 @@ class _Twins:
             )
         return {
             "data": str(self.data.folder) if self.data else None, "data_digest": manifest.data_digest,
-            "teacher": None if summary is None else str(_teacher_folder(self.labels)),
+            "teacher": None if summary is None else str(teacher_folder(self.labels)),
             "teacher_digest": manifest.teacher_digest, "precision": manifest.precision, "accuracy": accuracy,
             "summary_accuracy": said,
         }  # fmt: skip
 
 
-def _teacher_folder(labels: Store) -> Folder:
+def data_folder(labels: Store) -> Folder:
+    """Where the data store of a label store lies: in the same artifacts folder."""
+    return _sibling(labels.folder, f"data-{labels.label_manifest.data_digest}")
+
+
+def teacher_folder(labels: Store) -> Folder:
+    """Where the teacher of a label store lies: in the same artifacts folder."""
     return _sibling(labels.folder, f"teacher-{labels.label_manifest.teacher_digest}")
 
 
 def _teacher_summary(labels: Store) -> dict[str, Any] | None:
     try:
-        summary = _teacher_folder(labels).read_json("summary.json")
+        summary = teacher_folder(labels).read_json("summary.json")
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) else None
 
 
 def _sibling(folder: Folder, name: str) -> Folder:
-    if folder.is_local:
-        return Folder(str(folder.path.resolve().parent / name))
-    return Folder(f"{folder.uri.rsplit('/', 1)[0]}/{name}")
+    at = Folder(str(folder.path.resolve())) if folder.is_local else folder
+    return at.parent / name
 
 
 def _summary(check: _Check, reporter: Reporter) -> UserError:
