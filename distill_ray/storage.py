@@ -258,7 +258,7 @@ def _patiently(uri: str, request: Callable[[], T]) -> T:
 
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
-        wait=tenacity.wait_exponential_jitter(initial=0.5, max=_LONGEST_PAUSE_S),
+        wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=tenacity.stop_after_delay(patience_s),
         before_sleep=tell,
         reraise=True,
