@@ -51,12 +51,16 @@ class Folder:
         """The folder at a path (made absolute) or URI.
 
         Raises:
-            UserError: a URI that carries a user name or password: it would stand in logs, tables and artifacts.
+            UserError: a URI without a place in it, or one that carries a user name or password, which would stand in
+                logs, tables and artifacts.
         """
         text = str(location).removeprefix("file://")
         if "://" in text:
-            if "@" in text.split("://", 1)[1].split("/", 1)[0]:
+            host = text.split("://", 1)[1].split("/", 1)[0]
+            if "@" in host:
                 raise UserError("a URI with credentials in it: leave them out, and set them in the environment")
+            if not host and not text.split("://", 1)[1].strip("/"):
+                raise UserError(f"{text}: a URI without a bucket or path")
             return cls(text.rstrip("/"))
         return cls(str(Path(text).expanduser().absolute()))
 
@@ -222,9 +226,10 @@ def check_writable(folder: Folder) -> None:
                 raise OSError("what was written does not read back")
             folder.delete(token)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise UserError(
-            f"--out {folder}: cannot be written ({reason_of(error)}): choose a folder that you may write"
-        ) from None
+        mend = "check the address, and the credentials in the environment"
+        if folder.is_local:
+            mend = "choose a folder that you may write"
+        raise UserError(f"--out {folder}: cannot be written ({reason_of(error)}): {mend}") from None
 
 
 def reason_of(error: BaseException) -> str:

@@ -77,7 +77,7 @@ def _write_data(config: Config, target: Stage) -> Store:
     for split, rows in info.splits.items():
         examples = source.read(rows)
         batch = shards.encode_data(rows.astype(np.int64), examples.inputs, examples.labels, examples.source_ids)
-        records.append(shards.write(target.folder, split, 0, batch))
+        records.append(shards.write(target.folder, split, 0, batch, store=target.digest))
     manifest = DataManifest(
         digest=target.digest, code_version="0", classes=len(info.class_names), class_names=info.class_names,
         splits=manifests.split_records(records), source=config.data.source, synthetic=info.synthetic,
@@ -94,7 +94,7 @@ def _write_labels(data: Store, model: Stage, target: Stage) -> Store:
         rows = data.data_shard(record)
         logits = metrics.logits_of(network, torch.from_numpy(rows.inputs.copy()), 128, "fp32", _CPU)
         batch = shards.encode_logits(rows.row_ids, logits.numpy())
-        records.append(shards.write(target.folder, record.split, record.index, batch))
+        records.append(shards.write(target.folder, record.split, record.index, batch, store=target.digest))
     manifest = LabelManifest(
         digest=target.digest, code_version="0", classes=data.manifest.classes, class_names=data.manifest.class_names,
         splits=manifests.split_records(records), data_digest=data.manifest.digest, teacher_digest=model.digest,

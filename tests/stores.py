@@ -75,14 +75,14 @@ def commit_labels(folder: Folder, records: list[ShardRecord], **changes: Any) ->
 
 def make_data(artifacts: Path, digest: str = DATA_DIGEST, seed: int = 0) -> Store:
     folder = Folder.at(artifacts / f"data-{digest}")
-    records = [shards.write(folder, split, index, data_batch(ids, seed)) for split, index, ids in plan()]
+    records = [shards.write(folder, split, index, data_batch(ids, seed), store=digest) for split, index, ids in plan()]
     return commit_data(folder, records, digest=digest)
 
 
 def make_labels(artifacts: Path, digest: str = LABELS_DIGEST, wrong: int = 0, **changes: Any) -> Store:
     folder = Folder.at(artifacts / f"labels-{digest}")
     records = [
-        shards.write(folder, split, index, shards.encode_logits(ids, logits_of(ids, wrong)))
+        shards.write(folder, split, index, shards.encode_logits(ids, logits_of(ids, wrong)), store=digest)
         for split, index, ids in plan()
     ]
     return commit_labels(folder, records, digest=digest, **changes)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from distill_ray.artifacts import Stage
 from distill_ray.errors import RunError, UserError
 from distill_ray.stages.shard_job import ShardPlan, keep_finished, sweep_orphans
 from distill_ray.storage import Folder
@@ -34,7 +35,7 @@ finite_rows = hnp.arrays(
 
 
 def through_a_file(batch: pa.RecordBatch, folder: Folder) -> pa.RecordBatch:
-    return shards.read(folder, shards.write(folder, "train", 0, batch), verify=True)
+    return shards.read(folder, shards.write(folder, "train", 0, batch, store=stores.DATA_DIGEST), verify=True)
 
 
 # --- round trips ----------------------------------------------------------------------------------------------------
@@ -60,7 +61,10 @@ def test_data_round_trip(
     assert found.labels.tolist() == labels.tolist()
     assert stored.column("label").null_count == int((labels < 0).sum())
     assert stored.column("source_id").to_pylist() == [str(row) for row in ids]
-    assert stored.schema.metadata == {b"shape": ",".join(map(str, shape)).encode()}
+    assert stored.schema.metadata == {
+        b"shape": ",".join(map(str, shape)).encode(),
+        b"store": stores.DATA_DIGEST.encode(),
+    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,7 +124,7 @@ def test_non_finite_logits_are_refused_by_row_id(bad: float) -> None:
 
 def test_a_shard_is_named_by_the_checksum_of_its_file(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path)
-    record = shards.write(folder, "test", 7, stores.data_batch(np.arange(8, 16)))
+    record = shards.write(folder, "test", 7, stores.data_batch(np.arange(8, 16)), store=stores.DATA_DIGEST)
     raw = (tmp_path / record.file).read_bytes()
     assert record.sha256 == hashlib.sha256(raw).hexdigest()
     assert record.file == f"test-00007-{record.sha256[:16]}.arrow"
@@ -130,9 +134,9 @@ def test_a_shard_is_named_by_the_checksum_of_its_file(tmp_path: Path) -> None:
 
 def test_writing_the_same_twice_changes_nothing(tmp_path: Path) -> None:
     folder, batch = Folder.at(tmp_path), stores.data_batch(np.arange(8))
-    first = shards.write(folder, "train", 0, batch)
+    first = shards.write(folder, "train", 0, batch, store=stores.DATA_DIGEST)
     before = (tmp_path / first.file).stat()
-    assert shards.write(folder, "train", 0, batch) == first
+    assert shards.write(folder, "train", 0, batch, store=stores.DATA_DIGEST) == first
     after = (tmp_path / first.file).stat()
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert [path.name for path in tmp_path.iterdir()] == [first.file]
@@ -140,15 +144,18 @@ def test_writing_the_same_twice_changes_nothing(tmp_path: Path) -> None:
 
 def test_writing_mends_a_damaged_file_of_the_same_size(tmp_path: Path) -> None:
     folder, batch = Folder.at(tmp_path), stores.data_batch(np.arange(8))
-    record = shards.write(folder, "train", 0, batch)
+    record = shards.write(folder, "train", 0, batch, store=stores.DATA_DIGEST)
     stores.flip_byte(tmp_path / record.file)
-    assert shards.write(folder, "train", 0, batch) == record
+    assert shards.write(folder, "train", 0, batch, store=stores.DATA_DIGEST) == record
     assert shards.read(folder, record, verify=True).equals(batch)
 
 
 def test_other_content_gets_another_name(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path)
-    one, two = (shards.write(folder, "train", 0, stores.data_batch(np.arange(8), seed)) for seed in (0, 1))
+    one, two = (
+        shards.write(folder, "train", 0, stores.data_batch(np.arange(8), seed), store=stores.DATA_DIGEST)
+        for seed in (0, 1)
+    )
     assert one.file != two.file
     assert folder.names() == sorted([one.file, two.file])
 
@@ -156,7 +163,7 @@ def test_other_content_gets_another_name(tmp_path: Path) -> None:
 def test_a_shard_above_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 2000)
     with pytest.raises(UserError, match=r"data\.shard_rows: .*use at most \d+"):
-        shards.write(Folder.at(tmp_path), "train", 0, stores.data_batch(np.arange(64)))
+        shards.write(Folder.at(tmp_path), "train", 0, stores.data_batch(np.arange(64)), store=stores.DATA_DIGEST)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,21 +186,21 @@ def rename_away(path: Path) -> None:
 @pytest.mark.parametrize("damage", [truncate, empty, stores.flip_byte, rename_checksum, rename_away])
 def test_recover_takes_only_whole_shards(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     folder = Folder.at(tmp_path)
-    record = shards.write(folder, "train", 0, stores.data_batch(np.arange(8)))
-    assert shards.recover(folder, record.file) == record
+    record = shards.write(folder, "train", 0, stores.data_batch(np.arange(8)), store=stores.DATA_DIGEST)
+    assert shards.recover(folder, record.file, store=stores.DATA_DIGEST) == record
     damage(tmp_path / record.file)
-    assert [shards.recover(folder, name) for name in folder.names()] == [None]
+    assert [shards.recover(folder, name, store=stores.DATA_DIGEST) for name in folder.names()] == [None]
 
 
 @settings(max_examples=40, deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_recover_sees_any_flipped_bit(tmp_path_factory: pytest.TempPathFactory, where: float, bit: int) -> None:
     folder = Folder.at(tmp_path_factory.mktemp("flip"))
-    record = shards.write(folder, "train", 0, stores.data_batch(np.arange(8)))
+    record = shards.write(folder, "train", 0, stores.data_batch(np.arange(8)), store=stores.DATA_DIGEST)
     raw = bytearray(folder.read_bytes(record.file))
     raw[int(where * len(raw))] ^= 1 << bit
     (folder.path / record.file).write_bytes(raw)
-    assert shards.recover(folder, record.file) is None
+    assert shards.recover(folder, record.file, store=stores.DATA_DIGEST) is None
 
 
 def test_recover_takes_no_file_without_rows_or_ids(tmp_path: Path) -> None:
@@ -204,7 +211,7 @@ def test_recover_takes_no_file_without_rows_or_ids(tmp_path: Path) -> None:
         raw = sink.getvalue().to_pybytes()
         name = f"train-00000-{hashlib.sha256(raw).hexdigest()[:16]}.arrow"
         (tmp_path / name).write_bytes(raw)
-        assert shards.recover(Folder.at(tmp_path), name) is None
+        assert shards.recover(Folder.at(tmp_path), name, store=stores.DATA_DIGEST) is None
 
 
 # --- the manifest ---------------------------------------------------------------------------------------------------
@@ -347,7 +354,9 @@ def test_labels_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 4 classes, the data has 5"):
         read_split(data, "test", other)
     ids = np.arange(49, 57)
-    moved = shards.write(labels.folder, "test", 0, shards.encode_logits(ids, stores.logits_of(ids)))
+    moved = shards.write(
+        labels.folder, "test", 0, shards.encode_logits(ids, stores.logits_of(ids)), store=stores.LABELS_DIGEST
+    )
     records = [moved if (r.split, r.index) == ("test", 0) else r for r in labels.manifest.shards]
     with pytest.raises(UserError, match=r"its row ids are not those of .*run distill-ray verify on both"):
         read_split(data, "test", stores.commit_labels(labels.folder, records))
@@ -364,6 +373,10 @@ def test_a_store_is_not_taken_for_the_other_kind(tmp_path: Path) -> None:
 # --- what a killed job leaves ---------------------------------------------------------------------------------------
 
 
+def stage_of(folder: Folder, digest: str = stores.DATA_DIGEST) -> Stage:
+    return Stage("data", digest, folder)
+
+
 def plans() -> list[ShardPlan]:
     return [ShardPlan(split, index, int(ids[0]), len(ids)) for split, index, ids in stores.plan()]
 
@@ -375,7 +388,7 @@ def test_keep_finished_divides_whole_shards_from_the_rest(tmp_path: Path) -> Non
     stores.file_of(data, 3).unlink()
     truncate(stores.file_of(data, 5))
     empty(stores.file_of(data, 6))
-    kept, todo = keep_finished(data.folder, plans())
+    kept, todo = keep_finished(stage_of(data.folder), plans())
     assert kept == [record for number, record in enumerate(records) if number not in (0, 3, 5, 6)]
     assert todo == [plans()[number] for number in (0, 3, 5, 6)]
 
@@ -383,8 +396,22 @@ def test_keep_finished_divides_whole_shards_from_the_rest(tmp_path: Path) -> Non
 def test_keep_finished_takes_no_shard_of_another_plan(tmp_path: Path) -> None:
     data = stores.make_data(tmp_path)
     shifted = [ShardPlan(plan.split, plan.index, plan.first_id + 1, plan.rows) for plan in plans()]
-    assert keep_finished(data.folder, shifted) == ([], shifted)
-    assert keep_finished(Folder.at(tmp_path / "nowhere"), plans()) == ([], plans())
+    assert keep_finished(stage_of(data.folder), shifted) == ([], shifted)
+    assert keep_finished(stage_of(Folder.at(tmp_path / "nowhere")), plans()) == ([], plans())
+
+
+def test_keep_finished_takes_no_shard_of_another_store(tmp_path: Path) -> None:
+    """A whole shard with the right ids: only what it says of itself tells that it came from elsewhere."""
+    data = stores.make_data(tmp_path)
+    assert keep_finished(stage_of(data.folder, "0" * 16), plans()) == ([], plans())
+    assert keep_finished(stage_of(data.folder), plans())[1] == []
+
+
+def test_keep_finished_takes_no_shard_whose_ids_are_shuffled(tmp_path: Path) -> None:
+    folder = Folder.at(tmp_path)
+    ids = np.array([0, 2, 1, 3, 4, 5, 6, 7])
+    shards.write(folder, "train", 0, stores.data_batch(ids), store=stores.DATA_DIGEST)
+    assert keep_finished(stage_of(folder), plans())[0] == []
 
 
 def test_keep_finished_sweeps_only_old_temporaries(tmp_path: Path) -> None:
@@ -392,7 +419,7 @@ def test_keep_finished_sweeps_only_old_temporaries(tmp_path: Path) -> None:
     for path in (old, young):
         path.write_bytes(b"half a shard")
     os.utime(old, (time.time() - 7200, time.time() - 7200))
-    keep_finished(Folder.at(tmp_path), plans())
+    keep_finished(stage_of(Folder.at(tmp_path)), plans())
     assert not old.exists()
     assert young.exists()
     assert Folder.at(tmp_path).names() == []
@@ -400,7 +427,7 @@ def test_keep_finished_sweeps_only_old_temporaries(tmp_path: Path) -> None:
 
 def test_sweep_orphans_deletes_unnamed_shards_only(tmp_path: Path) -> None:
     data = stores.make_data(tmp_path)
-    orphan = shards.write(data.folder, "train", 0, stores.data_batch(np.arange(8), seed=9))
+    orphan = shards.write(data.folder, "train", 0, stores.data_batch(np.arange(8), seed=9), store=stores.DATA_DIGEST)
     data.folder.write_text("notes.txt", "the user's own")
     sweep_orphans(data.folder, data.manifest)
     named = [record.file for record in data.manifest.shards]

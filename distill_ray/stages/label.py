@@ -55,7 +55,7 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         ShardPlan(shard.split, shard.index, shard.first_id, shard.rows, {"record": shard.model_dump()})
         for shard in source.manifest.shards
     ]
-    records, todo = keep_finished(target.folder, plans)
+    records, todo = keep_finished(target, plans)
     nodes = context.session.start()
     placement = placing.independent(context.config.cluster, nodes, max(1, len(todo)))
     arguments: dict[str, Any] = {
@@ -66,7 +66,7 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     write_stage_config(target, config_section(context.config, "labels"), {"precision": check["precision"]})
     arguments |= {
         "folder": target.folder.uri, "precision": check["precision"], "threads": placement.cpus,
-        "batch_size": context.config.labels.batch_size,
+        "batch_size": context.config.labels.batch_size, "store": target.digest,
     }  # fmt: skip
     started = time.perf_counter()
     fresh = _stream(context, todo, sum(r.rows for r in records), source.manifest.rows, arguments, placement)
@@ -152,7 +152,7 @@ class Labeller:
 
     def __init__(
         self, teacher: str, weights: str, data: str, cache: ShardCache, folder: str, precision: str, threads: int,
-        batch_size: int,
+        batch_size: int, store: str,
     ) -> None:  # fmt: skip
         import torch
 
@@ -162,7 +162,7 @@ class Labeller:
         self._device = runtime.worker_device()
         self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)
         self._data, self._folder = open_store(Folder(data), cache), Folder(folder)
-        self._precision, self._batch_size = precision, batch_size
+        self._precision, self._batch_size, self._store = precision, batch_size, store
 
     def __call__(self, item: Mapping[str, Any]) -> ShardRecord:
         """Read, infer, write; the record of the written shard."""
@@ -176,7 +176,7 @@ class Labeller:
         inputs = torch.from_numpy(rows.inputs.copy())  # the shard is mapped read-only
         logits = logits_of(self._model, inputs, self._batch_size, self._precision, self._device)
         batch = shards.encode_logits(rows.row_ids, logits.numpy())
-        return shards.write(self._folder, record.split, record.index, batch)
+        return shards.write(self._folder, record.split, record.index, batch, store=self._store)
 
 
 def _log(context: Context, target: Stage, manifest: LabelManifest, measured: Mapping[str, float]) -> None:

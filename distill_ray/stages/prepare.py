@@ -40,8 +40,8 @@ def _make(context: Context, target: Stage) -> None:
     for warning in info.warnings:
         context.reporter.warn(warning)
     plans = _plan(context.config, info)
-    records, todo = keep_finished(target.folder, plans)
-    arguments = {"config": to_dict(context.config), "folder": target.folder.uri}
+    records, todo = keep_finished(target, plans)
+    arguments = {"config": to_dict(context.config), "folder": target.folder.uri, "store": target.digest}
     items = [plan.item(indices=plan.payload["indices"]) for plan in todo]
     context.session.start()
     with context.reporter.progress("prepare", info_rows := sum(plan.rows for plan in plans)) as bar:
@@ -79,7 +79,7 @@ def _write_shard(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> Shard
     examples = open_source(config.data).read(np.asarray(item["indices"], dtype=np.int64))
     row_ids = np.arange(item["first_id"], item["first_id"] + len(examples.labels), dtype=np.int64)
     batch = shards.encode_data(row_ids, examples.inputs, examples.labels, examples.source_ids)
-    return shards.write(Folder.at(arguments["folder"]), item["split"], item["index"], batch)
+    return shards.write(Folder.at(arguments["folder"]), item["split"], item["index"], batch, store=arguments["store"])
 
 
 def _check_contract(config: Config, info: SourceInfo) -> None:

@@ -47,8 +47,9 @@ class ShardPlan:
         return (record.first_id, record.last_id, record.rows) == (self.first_id, last_id, self.rows)
 
 
-def keep_finished(folder: Folder, plans: Sequence[ShardPlan]) -> tuple[list[ShardRecord], list[ShardPlan]]:
+def keep_finished(target: Stage, plans: Sequence[ShardPlan]) -> tuple[list[ShardRecord], list[ShardPlan]]:
     """Divide the plans into those whose whole shard an earlier, killed job left in the folder, and the rest."""
+    folder = target.folder
     folder.sweep_temporaries()
     left: dict[tuple[str, int], list[str]] = {}
     for name in folder.names():
@@ -56,7 +57,7 @@ def keep_finished(folder: Folder, plans: Sequence[ShardPlan]) -> tuple[list[Shar
             left.setdefault((match["split"], int(match["index"])), []).append(name)
 
     def recovered(plan: ShardPlan) -> ShardRecord | None:
-        return _whole_shard(folder, left.get((plan.split, plan.index), []), plan)
+        return _whole_shard(target, left.get((plan.split, plan.index), []), plan)
 
     # Each is read once, from a disk or an object store: threads, since neither reading nor hashing holds the GIL.
     with ThreadPoolExecutor(_RECOVERY_THREADS) as pool:
@@ -65,10 +66,10 @@ def keep_finished(folder: Folder, plans: Sequence[ShardPlan]) -> tuple[list[Shar
     return records, [plan for plan, record in zip(plans, found, strict=True) if record is None]
 
 
-def _whole_shard(folder: Folder, names: Sequence[str], plan: ShardPlan) -> ShardRecord | None:
+def _whole_shard(target: Stage, names: Sequence[str], plan: ShardPlan) -> ShardRecord | None:
     for name in names:
         try:
-            record = shards.recover(folder, name)
+            record = shards.recover(target.folder, name, store=target.digest)
         except UserError:
             continue
         if record is not None and plan.matches(record):

@@ -56,7 +56,15 @@ class Store:
 
     def data_shard(self, record: ShardRecord, *, verify: bool = True) -> shards.DataShard:
         """One shard of a data store, in memory that is mapped or shared: read-only."""
-        return shards.decode_data(self.batch(record, verify=verify), self.data_manifest.shape)
+        manifest = self.data_manifest
+        shard = shards.decode_data(self.batch(record, verify=verify), manifest.shape)
+        beyond = shard.labels[(shard.labels < -1) | (shard.labels >= manifest.classes)]
+        if len(beyond):
+            raise UserError(
+                f"{self.folder.location(record.file)}: label {beyond[0]} is out of range for {manifest.classes} "
+                "classes: run distill-ray verify on its store"
+            )
+        return shard
 
     def label_shard(self, record: ShardRecord, *, verify: bool = True) -> shards.LabelShard:
         """One shard of a label store, in memory that is mapped or shared: read-only."""
@@ -66,9 +74,14 @@ class Store:
         """The columns of one shard; a remote one by way of the local cache, if the store was opened with one.
 
         Raises:
-            UserError: the file is missing, or is not what the manifest says (size, and checksum where ``verify``).
+            UserError: the file is missing, or is not what the manifest says (size, columns, row ids, and checksum where
+                ``verify``).
         """
-        return shards.read(self.folder, record, verify=verify, cache=self._cache)
+        batch = shards.read(self.folder, record, verify=verify, cache=self._cache)
+        wrong = shards.column_fault(batch, self.manifest) or shards.ids_fault(batch, record)
+        if wrong is not None:
+            raise UserError(f"{self.folder.location(record.file)}: {wrong}: run distill-ray verify on its store")
+        return batch
 
     def missing_shard(self) -> str | None:
         """The name of the first shard whose file is absent or has another size; one listing, no reading."""
@@ -130,7 +143,7 @@ def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArr
     start = 0
     for part in read_shards(data, split, labels):
         if whole is None:
-            whole = _room_for(data.manifest.splits[split].rows, part)
+            whole = _room_for(sum(record.rows for record in data.manifest.splits[split].shards), part)
         stop = start + len(part)
         whole.row_ids[start:stop] = part.row_ids
         whole.inputs[start:stop] = part.inputs
@@ -138,7 +151,7 @@ def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArr
         if whole.logits is not None:
             whole.logits[start:stop] = part.logits
         start = stop
-    if whole is None or start != len(whole):
+    if whole is None or start != data.manifest.splits[split].rows:
         raise UserError(f"{data.folder}: split {split} has {start} rows, its manifest says otherwise: run verify on it")
     return whole
 

@@ -17,9 +17,10 @@ import pyarrow as pa
 from distill_ray.errors import RunError, UserError
 from distill_ray.storage import Folder
 from distill_ray.store.cache import ShardCache
-from distill_ray.store.manifest import SHARD_NAME, ShardRecord
+from distill_ray.store.manifest import SHARD_NAME, DataManifest, LabelManifest, ShardRecord
 
 MAX_SHARD_BYTES = 100 * 2**20
+ARROW_TYPES = {"uint8": pa.uint8(), "int32": pa.int32(), "float16": pa.float16(), "float32": pa.float32()}
 Ids = npt.NDArray[np.int64]
 
 
@@ -90,11 +91,12 @@ def decode_logits(batch: pa.RecordBatch, classes: int) -> LabelShard:
     return LabelShard(batch.column("row_id").to_numpy(zero_copy_only=True), logits)
 
 
-def write(folder: Folder, split: str, index: int, batch: pa.RecordBatch) -> ShardRecord:
-    """Write a shard; the same content gets the same name, so writing it twice is harmless.
+def write(folder: Folder, split: str, index: int, batch: pa.RecordBatch, *, store: str) -> ShardRecord:
+    """Write a shard of the store with the digest ``store``; writing the same content twice is harmless.
 
     A file that has the name already is left alone only if its content is right: so a damaged one is mended.
     """
+    batch = batch.replace_schema_metadata({**(batch.schema.metadata or {}), "store": store})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -136,10 +138,11 @@ def read(folder: Folder, record: ShardRecord, *, verify: bool, cache: ShardCache
     return _only_batch(buffer, place)
 
 
-def recover(folder: Folder, name: str) -> ShardRecord | None:
-    """The record of a shard that a killed writer left, None where the file is not whole.
+def recover(folder: Folder, name: str, *, store: str) -> ShardRecord | None:
+    """The record of a shard that a killed writer left, None where the file is not whole or of another store.
 
-    The name carries the checksum of the content, so a file proves by itself that it is complete.
+    The name carries the checksum of the content and the content the store's digest, so a file proves by itself that it
+    is complete and where it belongs.
     """
     match = SHARD_NAME.match(name)
     if match is None:
@@ -152,7 +155,61 @@ def recover(folder: Folder, name: str) -> ShardRecord | None:
     column = batch.schema.get_field_index("row_id")
     if batch.num_rows == 0 or column < 0 or batch.schema.field(column).type != pa.int64():
         return None
-    return _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
+    if (batch.schema.metadata or {}).get(b"store") != store.encode():
+        return None
+    record = _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
+    return record if ids_fault(batch, record) is None else None
+
+
+def ids_fault(batch: pa.RecordBatch, record: ShardRecord) -> str | None:
+    """Whether the row ids are other than the manifest says."""
+    ids = batch.column("row_id").to_numpy(zero_copy_only=True)
+    if len(ids) != record.rows:
+        return f"holds {len(ids)} rows, the manifest says {record.rows}"
+    if not np.array_equal(ids, np.arange(record.first_id, record.last_id + 1)):
+        return f"its row ids are not {record.first_id} to {record.last_id}, one by one"
+    return None
+
+
+def column_fault(batch: pa.RecordBatch, manifest: DataManifest | LabelManifest) -> str | None:
+    """The first column that is not as FORMAT.md has it. Columns that a newer minor version added are ignored."""
+    metadata = {key.decode(): value.decode(errors="replace") for key, value in (batch.schema.metadata or {}).items()}
+    if metadata.get("store", manifest.digest) != manifest.digest:  # shards of version 1.0 do not say
+        return f"belongs to the store {metadata['store']}, this is {manifest.digest}"
+    wanted: dict[str, pa.DataType] = {"row_id": pa.int64()}
+    if isinstance(manifest, DataManifest):
+        width = int(np.prod(manifest.shape, dtype=np.int64))
+        wanted |= {"input": pa.list_(ARROW_TYPES.get(manifest.dtype, pa.null()), width), "label": pa.int64()}
+        shape = ",".join(str(n) for n in manifest.shape)
+        if (said := metadata.get("shape", "none")) != shape:
+            return f"its metadata has shape {said}, the manifest {shape}"
+    else:
+        wanted["logits"] = pa.list_(pa.float16(), manifest.classes)
+    for name, kind in wanted.items():
+        number = batch.schema.get_all_field_indices(name)
+        if len(number) != 1:
+            return f"has {len(number)} columns {name!r} instead of one"
+        column = batch.column(number[0])
+        if not _same_type(column.type, kind):
+            return f"column {name!r} is {column.type}, expected {kind}"
+        if name != "label" and (column.null_count or _inner_nulls(column)):
+            return f"column {name!r} holds nulls"
+    return None
+
+
+def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if not pa.types.is_fixed_size_list(wanted):
+        return bool(found == wanted)
+    # The name of a list's inner field does not count.
+    return bool(
+        pa.types.is_fixed_size_list(found)
+        and found.value_type == wanted.value_type
+        and found.list_size == wanted.list_size
+    )
+
+
+def _inner_nulls(column: pa.Array) -> bool:
+    return bool(pa.types.is_fixed_size_list(column.type) and column.flatten().null_count)
 
 
 def _record(split: str, index: int, name: str, batch: pa.RecordBatch, size: int, sha256: str) -> ShardRecord:

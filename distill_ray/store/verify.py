@@ -16,13 +16,12 @@ import pyarrow as pa
 
 from distill_ray.console import Reporter
 from distill_ray.errors import UserError
-from distill_ray.storage import Folder, reason_of
+from distill_ray.storage import Folder, impatience, reason_of
 from distill_ray.store import manifest as manifests
 from distill_ray.store import reader, shards
 from distill_ray.store.manifest import SHARD_NAME, DataManifest, ShardRecord, StoreManifest
 from distill_ray.store.reader import Store
 
-_ARROW_TYPES = {"uint8": pa.uint8(), "int32": pa.int32(), "float16": pa.float16(), "float32": pa.float32()}
 _ACCURACY_TOLERANCE = 0.01  # the store's precision may differ from the summary's fp32
 _REMAKE = "delete it and manifest.json, then run the stage again"
 _REMAKE_ALL = "delete this folder, then run the stage again"
@@ -59,7 +58,8 @@ def verify(folder: Folder, reporter: Reporter) -> dict[str, Any]:
 def _open(folder: Folder) -> Store:
     """The store in ``folder``, or what it is instead."""
     try:
-        names = folder.names()
+        with impatience():
+            names = folder.names()
         if not names and folder.is_local and not folder.path.is_dir():
             what = "is a file, not the folder of a store" if folder.path.exists() else "no such folder"
             raise UserError(f"{folder}: {what}; give a folder data-... or labels-... of <out>/artifacts")
@@ -79,8 +79,8 @@ def _manifest_faults(folder: Folder, manifest: StoreManifest) -> Iterator[str]:
     place = folder.location(manifests.FILE)
     if len(manifest.class_names) != manifest.classes:
         yield f"{place}: names {len(manifest.class_names)} classes of {manifest.classes}: {_REMAKE_ALL}"
-    if isinstance(manifest, DataManifest) and manifest.dtype not in _ARROW_TYPES:
-        yield f"{place}: dtype {manifest.dtype!r} is none of {', '.join(_ARROW_TYPES)}: {_REMAKE_ALL}"
+    if isinstance(manifest, DataManifest) and manifest.dtype not in shards.ARROW_TYPES:
+        yield f"{place}: dtype {manifest.dtype!r} is none of {', '.join(shards.ARROW_TYPES)}: {_REMAKE_ALL}"
     for name, split in manifest.splits.items():
         held = sum(record.rows for record in split.shards)
         if split.rows != held:
@@ -120,7 +120,7 @@ class _Check:
         except (OSError, pa.ArrowException) as error:
             self._unread(record, f"{place}: cannot be read ({reason_of(error)}): {_REMAKE}")
             return None
-        wrong = _schema_fault(batch, self.store.manifest)
+        wrong = shards.column_fault(batch, self.store.manifest)
         if wrong is not None:
             self._unread(record, f"{place}: {wrong}: {_REMAKE}")
             return None
@@ -138,13 +138,10 @@ class _Check:
         self._unread_rows += record.rows
 
     def _ids(self, record: ShardRecord, batch: pa.RecordBatch, place: str) -> None:
+        wrong = shards.ids_fault(batch, record)
+        if wrong is not None:
+            self.faults.append(f"{place}: {wrong}: {_REMAKE}")
         ids = batch.column("row_id").to_numpy(zero_copy_only=True)
-        if len(ids) != record.rows:
-            self.faults.append(f"{place}: holds {len(ids)} rows, the manifest says {record.rows}: {_REMAKE}")
-        elif not np.array_equal(ids, np.arange(record.first_id, record.last_id + 1)):
-            self.faults.append(
-                f"{place}: its row ids are not {record.first_id} to {record.last_id}, one by one: {_REMAKE}"
-            )
         inside = ids[(ids >= 0) & (ids < len(self._seen))]
         unique = np.unique(inside)
         self.outside += len(ids) - len(inside)
@@ -181,45 +178,6 @@ class _Check:
             "orphans": sum(1 for name in folder.names() if SHARD_NAME.match(name) and name not in named),
             **({"unlabelled": self.unlabelled} if isinstance(manifest, DataManifest) else {}),
         }  # fmt: skip
-
-
-def _schema_fault(batch: pa.RecordBatch, manifest: StoreManifest) -> str | None:
-    """The first column that is not as FORMAT.md has it. Columns that a newer minor version added are ignored."""
-    wanted: dict[str, pa.DataType] = {"row_id": pa.int64()}
-    if isinstance(manifest, DataManifest):
-        width = int(np.prod(manifest.shape, dtype=np.int64))
-        wanted |= {"input": pa.list_(_ARROW_TYPES.get(manifest.dtype, pa.null()), width), "label": pa.int64()}
-        shape = ",".join(str(n) for n in manifest.shape)
-        said = (batch.schema.metadata or {}).get(b"shape", b"none").decode(errors="replace")
-        if said != shape:
-            return f"its metadata has shape {said}, the manifest {shape}"
-    else:
-        wanted["logits"] = pa.list_(pa.float16(), manifest.classes)
-    for name, kind in wanted.items():
-        number = batch.schema.get_all_field_indices(name)
-        if len(number) != 1:
-            return f"has {len(number)} columns {name!r} instead of one"
-        column = batch.column(number[0])
-        if not _same_type(column.type, kind):
-            return f"column {name!r} is {column.type}, expected {kind}"
-        if name != "label" and (column.null_count or _inner_nulls(column)):
-            return f"column {name!r} holds nulls"
-    return None
-
-
-def _same_type(found: pa.DataType, wanted: pa.DataType) -> bool:
-    if not pa.types.is_fixed_size_list(wanted):
-        return bool(found == wanted)
-    # The name of a list's inner field does not count.
-    return bool(
-        pa.types.is_fixed_size_list(found)
-        and found.value_type == wanted.value_type
-        and found.list_size == wanted.list_size
-    )
-
-
-def _inner_nulls(column: pa.Array) -> bool:
-    return bool(pa.types.is_fixed_size_list(column.type) and column.flatten().null_count)
 
 
 def _logits_fault(batch: pa.RecordBatch, classes: int) -> str | None:

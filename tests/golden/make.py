@@ -66,8 +66,9 @@ def make(root: Path) -> tuple[Path, Path]:
         classes = np.array([row.label for row in rows], dtype=np.int64)
         logits = np.array([row.logits for row in rows], dtype=np.float32)
         batch = shards.encode_data(ids, inputs, classes, [row.source_id for row in rows])
-        data_records.append(shards.write(data, split, index, batch))
-        label_records.append(shards.write(labels, split, index, shards.encode_logits(ids, logits)))
+        data_records.append(shards.write(data, split, index, batch, store=DATA_DIGEST))
+        twin = shards.encode_logits(ids, logits)
+        label_records.append(shards.write(labels, split, index, twin, store=LABELS_DIGEST))
         first += len(rows)
     commit(data, labels, manifests.split_records(data_records), manifests.split_records(label_records))
     return data.path, labels.path
