@@ -23,8 +23,9 @@ def data_store(config: Config, data: Stage) -> Store:
         UserError: the folder holds another store, or one with another input contract.
     """
     store = open_store(data.folder, cache_of(config))
+    manifest = store.data_manifest
     check_identity(store, data.digest, _REMEDY)
-    held, wanted = store.data_manifest.input, config.data.input
+    held, wanted = manifest.input, config.data.input
     if held != wanted:
         differing = next(key for key in type(held).model_fields if getattr(held, key) != getattr(wanted, key))
         raise UserError(
@@ -41,8 +42,8 @@ def label_store(config: Config, labels: Stage, data: Store) -> Store:
         UserError: the folder holds another store, or one that was made from other data.
     """
     store = open_store(labels.folder, cache_of(config))
-    check_identity(store, labels.digest, _REMEDY)
     check_twins(data, store)
+    check_identity(store, labels.digest, _REMEDY)
     return store
 
 

@@ -18,6 +18,8 @@ from distill_ray.store import shards
 from distill_ray.store.cache import ShardCache
 from distill_ray.store.manifest import DataManifest, LabelManifest, ShardRecord
 
+_REMEDY = "delete that folder, the same command makes it again"
+
 
 @dataclass(frozen=True)
 class SplitArrays:
@@ -186,11 +188,15 @@ def check_twins(data: Store, labels: Store) -> None:
             f"{labels.folder}: was made from data {made_from}, the config's data is {given}: run `distill-ray label`"
         )
     if labels.manifest.classes != data.manifest.classes:
-        raise UserError(f"{labels.folder}: has {labels.manifest.classes} classes, the data has {data.manifest.classes}")
+        raise UserError(
+            f"{labels.folder}: has {labels.manifest.classes} classes, the data has {data.manifest.classes}: {_REMEDY}"
+        )
     if labels.manifest.class_names != data.manifest.class_names:
-        raise UserError(f"{labels.folder}: its classes have other names than those of the data, {data.folder}")
+        raise UserError(
+            f"{labels.folder}: its classes have other names than those of the data, {data.folder}: {_REMEDY}"
+        )
     if set(labels.manifest.splits) != set(data.manifest.splits):
         raise UserError(
             f"{labels.folder}: has the splits {', '.join(labels.manifest.splits)}, the data has "
-            f"{', '.join(data.manifest.splits)}: the store is damaged; delete its manifest.json to make it again"
+            f"{', '.join(data.manifest.splits)}: {_REMEDY}"
         )
