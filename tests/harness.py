@@ -143,11 +143,13 @@ def _title(pid: int) -> str:
         return ""
 
 
-def stop_when(arguments: Sequence[str | Path], reached: Callable[[], bool], how: signal.Signals) -> Finished:
+def stop_when(
+    arguments: Sequence[str | Path], reached: Callable[[], bool], how: signal.Signals, **env: str
+) -> Finished:
     """Start the command and stop it once ``reached``: SIGKILL goes to the whole group, others to the command."""
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(**env),
     )  # fmt: skip
     deadline = time.monotonic() + RUN_TIMEOUT_S
     try:
