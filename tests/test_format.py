@@ -1,6 +1,7 @@
-"""FORMAT.md holds: a reader made from it reads our stores, its snippets run, stores of version 1.0 stay readable.
+"""FORMAT.md holds: a reader made from it reads our stores, its snippets run, stores of each version stay readable.
 
-The golden stores under golden/store-1.0 were written once, see golden/make.py. What they hold stands here as literals.
+The golden stores under golden/ were written once, one pair a version, see golden/make.py. They hold the same rows,
+which stand here as literals.
 """
 
 from __future__ import annotations
@@ -22,17 +23,20 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
+from distill_ray import replay, storage
+from distill_ray.config import ClusterConfig
 from distill_ray.console import Reporter
 from distill_ray.errors import UserError
+from distill_ray.stages import shard_job
 from distill_ray.storage import Folder
 from distill_ray.store import manifest as manifests
-from distill_ray.store import open_store, read_split
+from distill_ray.store import open_store, read_split, shards
 from distill_ray.store.verify import verify
 from tests.conftest import SmallRun
 from tests.golden import make
 from tests.harness import only
 
-GOLDEN = Path(__file__).parent / "golden" / "store-1.0"
+VERSIONS = ("1.0", "1.1")
 PAGE = (Path(manifests.__file__).parent / "FORMAT.md").read_text()
 SPLITS = ("train", "validation", "test")
 QUIET = Reporter(quiet=True)
@@ -56,6 +60,10 @@ class Stores(NamedTuple):
 
 def stores_in(folder: Path) -> Stores:
     return Stores(only(folder, "data-*"), only(folder, "labels-*"))
+
+
+def golden_of(version: str) -> Stores:
+    return stores_in(Path(__file__).parent / "golden" / f"store-{version}")
 
 
 # row id, input, label, logits as stored. Every logit is a float16 number, written out exactly.
@@ -107,44 +115,88 @@ def read_by_our_code(stores: Stores, split: str) -> Rows:
 
 def read_by_the_page(stores: Stores, split: str) -> Rows:
     """One split, joined. Raises ValueError for what FORMAT.md says that a reader refuses."""
-    data, labels = manifest_by_the_page(stores.data), manifest_by_the_page(stores.labels)
+    data, labels = manifest_by_the_page(stores.data, "data"), manifest_by_the_page(stores.labels, "labels")
     if labels["data_digest"] != data["digest"]:
         raise ValueError(f"labels of {labels['data_digest']}, not of {data['digest']}")
-    if labels["classes"] != data["classes"] or labels["splits"].keys() != data["splits"].keys():
-        raise ValueError("classes or splits differ")
+    if labels["classes"] != data["classes"] or labels["class_names"] != data["class_names"]:
+        raise ValueError("classes differ")
+    if shards_by_split(labels) != shards_by_split(data):
+        raise ValueError("splits differ")
     ids: list[int] = []
     known: list[int | None] = []
     inputs, logits = [], []
     for record, twin in zip(data["splits"][split]["shards"], labels["splits"][split]["shards"], strict=True):
-        batch, twins = shard_by_the_page(stores.data, record), shard_by_the_page(stores.labels, twin)
+        batch, twins = shard_by_the_page(stores.data, data, record), shard_by_the_page(stores.labels, labels, twin)
         if batch["row_id"].to_pylist() != twins["row_id"].to_pylist():
             raise ValueError("row ids differ")
         ids += batch["row_id"].to_pylist()
         known += batch["label"].to_pylist()
         inputs.append(batch["input"].flatten().to_numpy().reshape(-1, *data["shape"]))
         logits.append(twins["logits"].flatten().to_numpy().reshape(-1, labels["classes"]))
+    if not len(ids) == data["splits"][split]["rows"] == labels["splits"][split]["rows"]:
+        raise ValueError(f"split {split} has {len(ids)} rows")
     return Rows(ids, np.concatenate(inputs), known, np.concatenate(logits))
 
 
-def manifest_by_the_page(folder: Path) -> dict[str, Any]:
+def shards_by_split(manifest: dict[str, Any]) -> dict[str, int]:
+    return {name: len(split["shards"]) for name, split in manifest["splits"].items()}
+
+
+def manifest_by_the_page(folder: Path, kind: str) -> dict[str, Any]:
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     major = int(manifest["format_version"].split(".")[0])
     if manifest["format"] != "distill_ray.store" or major > 1:
-        raise ValueError(f"format version {manifest['format_version']}")
+        raise ValueError(f"{manifest['format']}, format version {manifest['format_version']}")
+    if manifest["kind"] != kind or (kind == "labels" and (manifest["dtype"], manifest["views"]) != ("float16", 1)):
+        raise ValueError(f"another kind than {kind}")
+    (name,) = re.findall(r"As a regular expression: `(.+)`\.\n", PAGE)
     for split in manifest["splits"].values():
         for shard in split["shards"]:
-            if not re.fullmatch(r"[a-z]+-[0-9]{5,}-[0-9a-f]{16}\.arrow", shard["file"]):
+            if not re.fullmatch(name, shard["file"]):
                 raise ValueError(f"{shard['file']} is not a shard's name")
     return manifest
 
 
-def shard_by_the_page(folder: Path, record: dict[str, Any]) -> pa.RecordBatch:
+def shard_by_the_page(folder: Path, manifest: dict[str, Any], record: dict[str, Any]) -> pa.RecordBatch:
     raw = (folder / record["file"]).read_bytes()
     if len(raw) != record["bytes"] or hashlib.sha256(raw).hexdigest() != record["sha256"]:
         raise ValueError(f"{record['file']} is damaged")
     reader = pa.ipc.open_file(raw)
-    assert reader.num_record_batches == 1
-    return reader.get_batch(0)
+    if reader.num_record_batches != 1:
+        raise ValueError(f"{reader.num_record_batches} batches")
+    batch = reader.get_batch(0)
+    metadata = {key.decode(): value.decode() for key, value in (batch.schema.metadata or {}).items()}
+    if metadata.get("store", manifest["digest"]) != manifest["digest"]:
+        raise ValueError(f"a shard of {metadata['store']} in {manifest['digest']}")
+    if manifest["kind"] == "data" and metadata["shape"] != ",".join(map(str, manifest["shape"])):
+        raise ValueError(f"shape {metadata['shape']}")
+    check_columns_by_the_page(batch, manifest)
+    ids = batch["row_id"].to_pylist()
+    if len(ids) != record["rows"] or ids != list(range(record["first_id"], record["last_id"] + 1)):
+        raise ValueError(f"row ids {ids}")
+    if manifest["kind"] == "data" and any(
+        not 0 <= n < manifest["classes"] for n in batch["label"].drop_null().tolist()
+    ):
+        raise ValueError("label out of range")
+    return batch
+
+
+def check_columns_by_the_page(batch: pa.RecordBatch, manifest: dict[str, Any]) -> None:
+    types = {"uint8": pa.uint8(), "int32": pa.int32(), "float16": pa.float16(), "float32": pa.float32()}
+    element = types[manifest["dtype"]]
+    if manifest["kind"] == "data":
+        wanted = {"row_id": pa.int64(), "input": (element, int(np.prod(manifest["shape"]))), "label": pa.int64()}
+    else:
+        wanted = {"row_id": pa.int64(), "logits": (element, manifest["classes"])}
+    for name, kind in wanted.items():
+        if batch.schema.names.count(name) != 1:
+            raise ValueError(f"{batch.schema.names.count(name)} columns {name}")
+        column = batch[name]
+        listed = pa.types.is_fixed_size_list(column.type)
+        if ((column.type.value_type, column.type.list_size) if listed else column.type) != kind:
+            raise ValueError(f"column {name} is {column.type}")
+        if name != "label" and (column.null_count or (listed and column.flatten().null_count)):
+            raise ValueError(f"nulls in {name}")
 
 
 # --- the golden stores -----------------------------------------------------------------------------------------------
@@ -152,7 +204,8 @@ def shard_by_the_page(folder: Path, record: dict[str, Any]) -> pa.RecordBatch:
 
 @pytest.fixture
 def golden() -> Stores:
-    return stores_in(GOLDEN)
+    """Of the present version."""
+    return golden_of(VERSIONS[-1])
 
 
 @pytest.fixture
@@ -161,22 +214,35 @@ def own_golden(golden: Stores, tmp_path: Path) -> Stores:
     return Stores(*(Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in golden))
 
 
+def test_the_newest_golden_stores_and_the_page_are_of_the_present_version() -> None:
+    assert VERSIONS[-1] == manifests.FORMAT_VERSION
+    assert PAGE.startswith(f"# The store format, version {manifests.FORMAT_VERSION}\n")
+    for version in VERSIONS:
+        for folder in golden_of(version):
+            assert json.loads((folder / "manifest.json").read_text())["format_version"] == version
+
+
 @pytest.mark.parametrize("read", [read_by_our_code, read_by_the_page])
 @pytest.mark.parametrize("split", SPLITS)
-def test_golden_stores_give_the_expected_rows(golden: Stores, split: str, read: Callable[[Stores, str], Rows]) -> None:
-    assert_same(read(golden, split), expected(split))
+@pytest.mark.parametrize("version", VERSIONS)
+def test_golden_stores_give_the_expected_rows(version: str, split: str, read: Callable[[Stores, str], Rows]) -> None:
+    assert_same(read(golden_of(version), split), expected(split))
 
 
-def test_verify_finds_no_fault_in_the_golden_stores(golden: Stores) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_verify_finds_no_fault_in_the_golden_stores(version: str) -> None:
+    golden = golden_of(version)
     data, labels = (verify(Folder.at(folder), QUIET) for folder in golden)
     assert (data["rows"], data["shards"], data["unlabelled"], data["orphans"]) == (10, 4, 2, 0)
     assert (labels["rows"], labels["shards"], labels["accuracy"], labels["orphans"]) == (10, 4, 0.5, 0)
     assert labels["data"] == str(golden.data)  # it compared the two
 
 
-def test_golden_folders_hold_nothing_else_and_are_small(golden: Stores) -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_golden_folders_hold_nothing_else_and_are_small(version: str) -> None:
+    golden = golden_of(version)
     named = {folder / record["file"] for folder in golden for record in records(folder)}
-    files = {path for path in GOLDEN.rglob("*") if path.is_file()}
+    files = {path for path in golden.data.parent.rglob("*") if path.is_file()}
     assert files == named | {folder / "manifest.json" for folder in golden}
     assert sum(path.stat().st_size for path in files) < 60_000
 
@@ -194,7 +260,7 @@ def only_batch(path: Path) -> pa.RecordBatch:
         return reader.get_batch(0)
 
 
-def test_the_present_writer_writes_what_version_1_0_wrote(golden: Stores, tmp_path: Path) -> None:
+def test_the_present_writer_writes_what_version_1_1_wrote(golden: Stores, tmp_path: Path) -> None:
     """The same columns, types, metadata and values. The bytes around them are pyarrow's and may change with it."""
     for old, new in zip(golden, make.make(tmp_path), strict=True):
         for was, now in zip(records(old), records(new), strict=True):
@@ -202,6 +268,28 @@ def test_the_present_writer_writes_what_version_1_0_wrote(golden: Stores, tmp_pa
             assert after.schema.equals(before.schema, check_metadata=True)
             assert after.equals(before)
         assert without_bytes(new) == without_bytes(old)
+
+
+def test_version_1_1_added_the_store_to_each_shard_and_nothing_else() -> None:
+    for old, new in zip(golden_of("1.0"), golden_of("1.1"), strict=True):
+        manifest = without_bytes(new)
+        for was, now in zip(records(old), records(new), strict=True):
+            before, after = only_batch(old / was["file"]), only_batch(new / now["file"])
+            assert after.equals(before)
+            added = {b"store": manifest["digest"].encode()}
+            assert after.schema.metadata == (before.schema.metadata or {}) | added
+            assert b"store" not in (before.schema.metadata or {})
+        assert manifest == without_bytes(old) | {"format_version": "1.1"}
+
+
+@pytest.mark.parametrize(("version", "kept"), [("1.0", False), ("1.1", True)])
+def test_an_unfinished_store_keeps_its_shards_from_version_1_1_on(version: str, kept: bool) -> None:
+    for folder in golden_of(version):
+        digest = json.loads((folder / "manifest.json").read_text())["digest"]
+        for record in records(folder):
+            found = shards.recover(Folder.at(folder), record["file"], store=digest)
+            assert (found is not None and found.model_dump() == record) == kept
+            assert shards.recover(Folder.at(folder), record["file"], store="0123" * 4) is None
 
 
 def without_bytes(folder: Path) -> dict[str, Any]:
@@ -234,19 +322,24 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def add_a_column(folder: Path, shard: dict[str, Any]) -> None:
-    """Write a shard again with one more column in front, and enter it in its record."""
-    batch = only_batch(folder / shard["file"])
-    extra = pa.array([f"new {row}" for row in range(batch.num_rows)])
-    schema = pa.schema([pa.field("of_tomorrow", extra.type), *batch.schema], metadata=batch.schema.metadata)
+Edit = Callable[[pa.Table], pa.Table]
+
+
+def rewrite(folder: Path, shard: dict[str, Any], edit: Edit) -> None:
+    """Write a shard again, changed, and enter what came out in its record: name, size and checksum are right."""
+    table = edit(pa.Table.from_batches([only_batch(folder / shard["file"])]))
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.RecordBatch.from_arrays([extra, *batch.columns], schema=schema))
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
     raw = sink.getvalue().to_pybytes()
     sha256 = hashlib.sha256(raw).hexdigest()
     name = f"{shard['split']}-{shard['index']:05d}-{sha256[:16]}.arrow"
     (folder / name).write_bytes(raw)
-    shard.update(file=name, bytes=len(raw), sha256=sha256, a_key_of_tomorrow=1)
+    shard.update(file=name, bytes=len(raw), sha256=sha256)
+
+
+def add_a_column(table: pa.Table) -> pa.Table:
+    return table.add_column(0, "of_tomorrow", pa.array([f"new {row}" for row in range(table.num_rows)]))
 
 
 @pytest.mark.parametrize("read", [read_by_our_code, read_by_the_page])
@@ -260,7 +353,8 @@ def test_columns_and_keys_of_a_newer_minor_version_are_ignored(
             for split in manifest["splits"].values():
                 split["a_key_of_tomorrow"] = []
                 for shard in split["shards"]:
-                    add_a_column(folder, shard)
+                    rewrite(folder, shard, add_a_column)
+                    shard["a_key_of_tomorrow"] = 1
 
         change(folder, renew)
     for split in SPLITS:
@@ -276,19 +370,33 @@ def edit_shard(**changes: Any) -> Callable[[dict[str, Any]], object]:
 
 # An edit of the label store's manifest; what our code says of it, what the reader above says.
 REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
+    "another format": (
+        lambda manifest: manifest.update(format="x"), "is not the manifest of a distill_ray.store", "x, format version",
+    ),
     "a newer major version": (
         lambda manifest: manifest.update(format_version="2.0"),
         "has format version '2.0', this code reads up to 1.x", "format version 2.0",
     ),
+    "another kind": (lambda manifest: manifest.update(kind="data"), "source: Field required", "another kind"),
+    "another dtype": (
+        lambda manifest: manifest.update(dtype="float32"), "dtype: Input should be 'float16'", "another kind",
+    ),
+    "more views": (lambda manifest: manifest.update(views=2), "views: Input should be 1", "another kind"),
     "another data digest": (
         lambda manifest: manifest.update(data_digest="0123" * 4),
         f"made from data {'0123' * 4}, the config's data is {'da7a' * 4}", f"labels of {'0123' * 4}",
     ),
     "other classes": (
-        lambda manifest: manifest.update(classes=4), "has 4 classes, the data has 3", "classes or splits",
+        lambda manifest: manifest.update(classes=4), "has 4 classes, the data has 3", "classes differ",
+    ),
+    "other names of classes": (
+        lambda manifest: manifest.update(class_names=["a", "b", "c"]), "its classes have other names", "classes differ",
     ),
     "fewer splits": (
-        lambda manifest: manifest["splits"].pop("validation"), "has the splits train, test", "classes or splits",
+        lambda manifest: manifest["splits"].pop("validation"), "has the splits train, test", "splits differ",
+    ),
+    "fewer shards": (
+        lambda manifest: manifest["splits"]["test"]["shards"].clear(), "has 0 shards of split test", "splits differ",
     ),
     "a file above the folder": (
         edit_shard(file="../x.arrow"), "'../x.arrow' is not a shard's name", "../x.arrow is not a shard's name",
@@ -298,6 +406,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     ),
     "another size": (edit_shard(bytes=811), "damaged shard", "is damaged"),
     "another checksum": (edit_shard(sha256="0" * 64), "damaged shard", "is damaged"),
+    "more rows": (edit_shard(rows=4), "holds 3 rows, the manifest says 4", "row ids [7, 8, 9]"),
+    "other ids": (edit_shard(first_id=6, last_id=8), "its row ids are not 6 to 8", "row ids [7, 8, 9]"),
 }  # fmt: skip
 
 
@@ -309,6 +419,165 @@ def test_both_readers_refuse_what_the_page_says_is_refused(own_golden: Stores, w
         read_by_our_code(own_golden, "test")
     with pytest.raises(ValueError, match=re.escape(the_page)):
         read_by_the_page(own_golden, "test")
+
+
+def test_both_readers_refuse_a_split_of_another_size(own_golden: Stores) -> None:
+    change(own_golden.data, lambda manifest: manifest["splits"]["test"].update(rows=4))
+    with pytest.raises(UserError, match="split test has 3 rows, its manifest says otherwise"):
+        read_by_our_code(own_golden, "test")
+    with pytest.raises(ValueError, match="split test has 3 rows"):
+        read_by_the_page(own_golden, "test")
+
+
+def told(key: bytes, value: str) -> Edit:
+    """An edit of what the schema says."""
+    return lambda table: table.replace_schema_metadata({**table.schema.metadata, key: value})
+
+
+def recast(column: str, kind: pa.DataType) -> Edit:
+    return lambda table: table.set_column(table.schema.get_field_index(column), column, table[column].cast(kind))
+
+
+def refill(column: str, values: list[Any]) -> Edit:
+    """Other values in a column, of the same type."""
+
+    def edit(table: pa.Table) -> pa.Table:
+        number = table.schema.get_field_index(column)
+        return table.set_column(number, column, pa.array(values, type=table.schema.field(number).type))
+
+    return edit
+
+
+def halve(table: pa.Table) -> pa.Table:
+    """Two record batches."""
+    return pa.concat_tables([table.slice(0, 1), table.slice(1)])
+
+
+OTHER = "0123" * 4
+# An edit of the test split's shard, which has 3 rows; what our code and verify say, what the reader above says.
+FAULTY: dict[str, tuple[str, Edit, str, str]] = {
+    "data of another store": (
+        "data", told(b"store", OTHER), f"belongs to the store {OTHER}, this is {make.DATA_DIGEST}",
+        f"a shard of {OTHER} in {make.DATA_DIGEST}",
+    ),
+    "labels of another store": (
+        "labels", told(b"store", OTHER), f"belongs to the store {OTHER}, this is {make.LABELS_DIGEST}",
+        f"a shard of {OTHER} in {make.LABELS_DIGEST}",
+    ),
+    "another shape": (
+        "data", told(b"shape", "2,2,1"), "its metadata has shape 2,2,1, the manifest 1,2,2", "shape 2,2,1",
+    ),
+    "two batches": ("labels", halve, "holds 2 record batches", "2 batches"),
+    "no label": ("data", lambda table: table.drop_columns("label"), "has 0 columns 'label'", "0 columns label"),
+    "ids twice": (
+        "labels", lambda table: table.append_column("row_id", table["row_id"]), "has 2 columns 'row_id'",
+        "2 columns row_id",
+    ),
+    "narrow ids": (
+        "data", recast("row_id", pa.int32()), "column 'row_id' is int32, expected int64", "column row_id is int32",
+    ),
+    "wide logits": (
+        "labels", recast("logits", pa.list_(pa.float32(), 3)), "column 'logits' is fixed_size_list<item: float>[3]",
+        "column logits is fixed_size_list<item: float>[3]",
+    ),
+    "more pixels": (
+        "data", lambda table: table.set_column(2, "input", pa.array([[0] * 5] * 3, pa.list_(pa.uint8(), 5))),
+        "column 'input' is fixed_size_list<item: uint8>[5]", "column input is fixed_size_list<item: uint8>[5]",
+    ),
+    "a null id": ("labels", refill("row_id", [7, None, 9]), "column 'row_id' holds nulls", "nulls in row_id"),
+    "a null input": ("data", refill("input", [[0] * 4, None, [0] * 4]), "column 'input' holds nulls", "nulls in input"),
+    "a null logit": (
+        "labels", refill("logits", [[0, -1, -2], [0, None, -2], [0, -1, -2]]), "column 'logits' holds nulls",
+        "nulls in logits",
+    ),
+    "ids of other rows": (
+        "data", refill("row_id", [4, 5, 6]), "its row ids are not 7 to 9, one by one", "row ids [4, 5, 6]",
+    ),
+    "ids in another order": (
+        "labels", refill("row_id", [7, 9, 8]), "its row ids are not 7 to 9, one by one", "row ids [7, 9, 8]",
+    ),
+    "a label too many": (
+        "data", refill("label", [0, None, 3]), "label 3 is out of range for 3 classes", "label out of range",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FAULTY)
+def test_both_readers_and_verify_refuse_a_whole_shard_with_other_content(own_golden: Stores, what: str) -> None:
+    """Its checksum is the manifest's: only what is in it tells."""
+    kind, edit, ours, the_page = FAULTY[what]
+    folder = own_golden.data if kind == "data" else own_golden.labels
+    change(folder, lambda manifest: rewrite(folder, manifest["splits"]["test"]["shards"][0], edit))
+    with pytest.raises(UserError, match=re.escape(ours)):
+        read_by_our_code(own_golden, "test")
+    with pytest.raises(UserError, match=re.escape(ours)):
+        verify(Folder.at(folder), QUIET)
+    with pytest.raises(ValueError, match=re.escape(the_page)):
+        read_by_the_page(own_golden, "test")
+
+
+def test_a_list_may_call_its_inner_field_anything(own_golden: Stores) -> None:
+    kind = pa.list_(pa.field("logit", pa.float16()), 3)
+    change(
+        own_golden.labels,
+        lambda manifest: rewrite(
+            own_golden.labels, manifest["splits"]["test"]["shards"][0],
+            lambda table: table.set_column(1, "logits", pa.array(table["logits"].to_pylist(), kind)),
+        ),
+    )  # fmt: skip
+    for read in (read_by_our_code, read_by_the_page):
+        assert_same(read(own_golden, "test"), expected("test"))
+
+
+def test_twins_must_have_the_same_ids(own_golden: Stores) -> None:
+    """Each shard agrees with its own manifest here."""
+
+    def renumber(manifest: dict[str, Any]) -> None:
+        (shard,) = manifest["splits"]["test"]["shards"]
+        rewrite(own_golden.labels, shard, refill("row_id", [17, 18, 19]))
+        shard.update(first_id=17, last_id=19)
+
+    change(own_golden.labels, renumber)
+    with pytest.raises(UserError, match="its row ids are not those of"):
+        read_by_our_code(own_golden, "test")
+    with pytest.raises(ValueError, match="row ids differ"):
+        read_by_the_page(own_golden, "test")
+
+
+# --- numbers on the page ---------------------------------------------------------------------------------------------
+
+
+def test_the_page_states_the_numbers_of_the_code() -> None:
+    assert (storage._STALE_TEMPORARY_S, shard_job._REMOTE_ORPHAN_S) == (3600, 24 * 3600)
+    text = " ".join(PAGE.split())
+    for stated in (
+        f"at most {shards.MAX_SHARD_BYTES >> 20} MiB", "are removed when they are older than an hour",
+        "leaves shards that are younger than a day", f"for up to {storage._PATIENCE_S:.0f} s;",
+        f"`cluster.cache_gib` ({ClusterConfig().cache_gib:g}; 0 keeps none)",
+        f"{replay.SAMPLE_ROWS} rows (`--sample ROWS`; 0 leaves it out) from up to {replay._SHARDS} shards",
+        f"`|stored| / {1 / replay._FLOAT16_ROUNDING:g} + (1 + range) / {1 / replay._FP32_SLACK:g}`",
+        f"by {replay._REDUCED_SLACK:g} times `precision_check.max_abs_difference` more",
+    ):  # fmt: skip
+        assert stated in text
+
+
+def test_the_page_bounds_the_error_of_float16() -> None:
+    """The bounds hold, and no smaller ones would: the worst logit comes within 1 % of each."""
+    below = np.geomspace(2.0**-30, 65504, 200_000).astype(np.float32)
+    logits = np.stack([np.zeros_like(below), -below], axis=1)
+    stored = shards.decode_logits(shards.encode_logits(np.arange(len(below)), logits), 2).logits[:, 1]
+    error = np.abs(stored.astype(np.float64) + below)
+    normal = below >= 2.0**-14
+    assert 0.99 / 2048 < (error / below)[normal].max() <= 1 / 2048
+    assert 0.99 * 2.0**-25 < error[~normal].max() <= 2.0**-25
+    assert np.exp(-65504.0 / 80) == 0 < np.exp(-65504.0 / 100)  # float64, which has the smallest numbers
+    for stated in (
+        "at most 1/2048 of the",
+        "where that is 2^-14 or more",
+        "at most 2^-25 where",
+        "temperature up to 80",
+    ):
+        assert stated in PAGE
 
 
 # --- the snippets of "Reading it with other tools" -------------------------------------------------------------------
@@ -345,11 +614,11 @@ def from_arrow(table: pa.Table, shape: tuple[int, ...]) -> Rows:
     return Rows(table["row_id"].to_pylist(), inputs, table["label"].to_pylist(), narrow)
 
 
-@pytest.fixture(params=["golden", "glyph62"])
+@pytest.fixture(params=[*VERSIONS, "glyph62"])
 def stores(request: pytest.FixtureRequest) -> Stores:
     """The golden stores, which have rows without a label; and those of a real run, 62 classes of 1x32x32 pixels."""
-    if request.param == "golden":
-        return stores_in(GOLDEN)
+    if request.param in VERSIONS:
+        return golden_of(request.param)
     run: SmallRun = request.getfixturevalue("small_run")
     return stores_in(run.out / "artifacts")
 
@@ -512,7 +781,7 @@ def test_the_example_prints_the_bytes_of_the_logits(golden: Stores, example: str
 
 
 def test_the_example_computes_a_softmax(golden: Stores, example: str) -> None:
-    rows, contract = read_by_the_page(golden, "train"), manifest_by_the_page(golden.data)["input"]
+    rows, contract = read_by_the_page(golden, "train"), manifest_by_the_page(golden.data, "data")["input"]
     (printed,) = (block for block in printed_blocks(example) if "softmax" in block)
     found = dict(re.findall(r"^(.*?) {2,}(\[.*?\])", printed, re.MULTILINE))
     divided = rows.logits[0].astype(np.float64) / 2

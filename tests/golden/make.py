@@ -1,8 +1,8 @@
-"""Wrote store-1.0, once: ``python -m tests.golden.make tests/golden/store-1.0``.
+"""Writes the two golden stores with the present code: ``python -m tests.golden.make tests/golden/store-<version>``.
 
-The files were checked in as they came out and stay as they are: they are what stores of format version 1.0 look like
-on disk. Here one sees where their bytes came from. Run again with another pyarrow, the bytes may differ and the values
-may not; test_format.py compares the values.
+There is a folder for each format version, made once, with the code of that version: they are what its stores look like
+on disk. The files were checked in as they came out and stay as they are. Here one sees where their bytes came from. Run
+again with another pyarrow, the bytes may differ and the values may not; test_format.py compares the values.
 
 The rows are few and each has its reason: a row without a label, one without a source id, a tie of all classes, a logit
 below float16's range, one that float16 must round, one so near 0 that float16 has it as a subnormal number.
