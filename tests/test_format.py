@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
         lambda manifest: manifest["splits"].pop("validation"), "has the splits train, test", "splits differ",
     ),
     "fewer shards": (
-        lambda manifest: manifest["splits"]["test"]["shards"].clear(), "has 0 shards of split test", "splits differ",
+        lambda manifest: manifest["splits"]["test"]["shards"].clear(), "split test has 3 rows, but its shards hold 0", "splits differ",
     ),
     "a file above the folder": (
         edit_shard(file="../x.arrow"), "'../x.arrow' is not a shard's name", "../x.arrow is not a shard's name",
@@ -406,7 +406,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     ),
     "another size": (edit_shard(bytes=811), "damaged shard", "is damaged"),
     "another checksum": (edit_shard(sha256="0" * 64), "damaged shard", "is damaged"),
-    "more rows": (edit_shard(rows=4), "holds 3 rows, the manifest says 4", "row ids [7, 8, 9]"),
+    "more rows": (edit_shard(rows=4), "split test has 3 rows, but its shards hold 4", "row ids [7, 8, 9]"),
     "other ids": (edit_shard(first_id=6, last_id=8), "its row ids are not 6 to 8", "row ids [7, 8, 9]"),
 }  # fmt: skip
 
@@ -423,7 +423,7 @@ def test_both_readers_refuse_what_the_page_says_is_refused(own_golden: Stores, w
 
 def test_both_readers_refuse_a_split_of_another_size(own_golden: Stores) -> None:
     change(own_golden.data, lambda manifest: manifest["splits"]["test"].update(rows=4))
-    with pytest.raises(UserError, match="split test has 3 rows, its manifest says otherwise"):
+    with pytest.raises(UserError, match="split test has 4 rows, but its shards hold 3"):
         read_by_our_code(own_golden, "test")
     with pytest.raises(ValueError, match="split test has 3 rows"):
         read_by_the_page(own_golden, "test")

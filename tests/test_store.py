@@ -21,8 +21,8 @@ from distill_ray.artifacts import Stage
 from distill_ray.errors import RunError, UserError
 from distill_ray.stages.shard_job import ShardPlan, keep_finished, sweep_orphans
 from distill_ray.storage import Folder
+from distill_ray.store import Store, open_store, read_shards, read_split, shards
 from distill_ray.store import manifest as manifests
-from distill_ray.store import open_store, read_split, shards
 from tests import stores
 
 DTYPES = ("uint8", "int32", "float16", "float32")
@@ -445,3 +445,52 @@ def test_the_manifest_example_in_format_md_is_read_by_the_code(tmp_path: Path) -
     assert data["format_version"] == manifests.FORMAT_VERSION
     Folder.at(tmp_path / "example").write_json(manifests.FILE, data)
     assert open_store(str(tmp_path / "example")).manifest.classes == 62
+
+
+# --- stores that are whole and wrong ----------------------------------------------------------------------------------
+
+
+def with_first_shard(data: Store, batch: pa.RecordBatch, **changes: object) -> Store:
+    """The store with another first shard, checksums and manifest to match."""
+    written = shards.write(data.folder, "train", 0, batch, store=data.manifest.digest)
+    records = [written.model_copy(update=changes), *data.manifest.shards[1:]]
+    return stores.commit_data(data.folder, records)
+
+
+def test_a_stored_minus_one_is_not_a_missing_label(tmp_path: Path) -> None:
+    data = stores.make_data(tmp_path)
+    batch = stores.data_batch(np.arange(8))
+    labels = pa.array([-1, *range(5), 0, 1], type=pa.int64())
+    batch = batch.set_column(batch.schema.get_field_index("label"), "label", labels)
+    with pytest.raises(UserError, match=r"label -1 is out of range for 5 classes \(1 such rows\)"):
+        read_split(with_first_shard(data, batch), "train")
+
+
+def test_a_forged_range_of_ids_is_refused_without_making_it(tmp_path: Path) -> None:
+    data = with_first_shard(stores.make_data(tmp_path), stores.data_batch(np.arange(8)), last_id=10**15)
+    with pytest.raises(UserError, match="its row ids are not 0 to 1000000000000000, one by one"):
+        read_split(data, "train")
+
+
+def test_metadata_that_is_no_text_is_read_past(tmp_path: Path) -> None:
+    data = stores.make_data(tmp_path)
+    batch = stores.data_batch(np.arange(8))
+    batch = batch.replace_schema_metadata({**batch.schema.metadata, b"\xff\xfe": b"\xff"})
+    assert len(read_split(with_first_shard(data, batch), "train")) == stores.SPLITS["train"]
+
+
+def test_labels_whose_split_claims_other_rows_are_refused(tmp_path: Path) -> None:
+    data, labels = stores.make_data(tmp_path), stores.make_labels(tmp_path)
+    splits = dict(labels.manifest.splits)
+    splits["test"] = splits["test"].model_copy(update={"rows": 99})
+    claimed = stores.commit_labels(labels.folder, list(labels.manifest.shards), splits=splits)
+    with pytest.raises(UserError, match="split test has 99 rows, but its shards hold 12"):
+        read_split(data, "test", claimed)
+
+
+def test_read_shards_gives_the_rows_of_read_split(tmp_path: Path) -> None:
+    data, labels = stores.make_data(tmp_path), stores.make_labels(tmp_path)
+    parts, whole = list(read_shards(data, "train", labels)), read_split(data, "train", labels)
+    assert [len(part) for part in parts] == [8, 8, 8, 8, 4]
+    for name in ("row_ids", "inputs", "labels", "logits"):
+        assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))

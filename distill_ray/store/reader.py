@@ -59,14 +59,11 @@ class Store:
     def data_shard(self, record: ShardRecord, *, verify: bool = True) -> shards.DataShard:
         """One shard of a data store, in memory that is mapped or shared: read-only."""
         manifest = self.data_manifest
-        shard = shards.decode_data(self.batch(record, verify=verify), manifest.shape)
-        beyond = shard.labels[(shard.labels < -1) | (shard.labels >= manifest.classes)]
-        if len(beyond):
-            raise UserError(
-                f"{self.folder.location(record.file)}: label {beyond[0]} is out of range for {manifest.classes} "
-                "classes: run distill-ray verify on its store"
-            )
-        return shard
+        batch = self.batch(record, verify=verify)
+        wrong = shards.labels_fault(batch, manifest.classes)
+        if wrong is not None:
+            raise UserError(f"{self.folder.location(record.file)}: {wrong}: run distill-ray verify on its store")
+        return shards.decode_data(batch, manifest.shape)
 
     def label_shard(self, record: ShardRecord, *, verify: bool = True) -> shards.LabelShard:
         """One shard of a label store, in memory that is mapped or shared: read-only."""
@@ -112,11 +109,11 @@ def read_shards(data: Store, split: str, labels: Store | None = None) -> Iterato
     """
     if split not in data.manifest.splits:
         raise UserError(f"{data.folder}: has no split {split!r}, only {', '.join(data.manifest.splits)}")
-    records = data.manifest.splits[split].shards
+    records = _records(data, split)
     twins: tuple[ShardRecord | None, ...] = (None,) * len(records)
     if labels is not None:
         check_twins(data, labels)
-        twins = labels.manifest.splits[split].shards
+        twins = _records(labels, split)
         if len(twins) != len(records):
             raise UserError(
                 f"{labels.folder}: has {len(twins)} shards of split {split}, {data.folder} has {len(records)}"
@@ -145,7 +142,7 @@ def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArr
     start = 0
     for part in read_shards(data, split, labels):
         if whole is None:
-            whole = _room_for(sum(record.rows for record in data.manifest.splits[split].shards), part)
+            whole = _room_for(data.manifest.splits[split].rows, part)
         stop = start + len(part)
         whole.row_ids[start:stop] = part.row_ids
         whole.inputs[start:stop] = part.inputs
@@ -153,9 +150,18 @@ def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArr
         if whole.logits is not None:
             whole.logits[start:stop] = part.logits
         start = stop
-    if whole is None or start != data.manifest.splits[split].rows:
-        raise UserError(f"{data.folder}: split {split} has {start} rows, its manifest says otherwise: run verify on it")
+    if whole is None:
+        raise UserError(f"{data.folder}: split {split} has no shards: {_REMEDY}")
     return whole
+
+
+def _records(store: Store, split: str) -> tuple[ShardRecord, ...]:
+    """The shards of a split, which must hold as many rows as the manifest says of it."""
+    said, records = store.manifest.splits[split].rows, store.manifest.splits[split].shards
+    held = sum(record.rows for record in records)
+    if said != held:
+        raise UserError(f"{store.folder}: split {split} has {said} rows, but its shards hold {held}: {_REMEDY}")
+    return records
 
 
 def _room_for(rows: int, like: SplitArrays) -> SplitArrays:

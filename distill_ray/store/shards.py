@@ -96,7 +96,7 @@ def write(folder: Folder, split: str, index: int, batch: pa.RecordBatch, *, stor
 
     A file that has the name already is left alone only if its content is right: so a damaged one is mended.
     """
-    batch = batch.replace_schema_metadata({**(batch.schema.metadata or {}), "store": store})
+    batch = batch.replace_schema_metadata({**(batch.schema.metadata or {}), b"store": store.encode()})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
@@ -166,14 +166,25 @@ def ids_fault(batch: pa.RecordBatch, record: ShardRecord) -> str | None:
     ids = batch.column("row_id").to_numpy(zero_copy_only=True)
     if len(ids) != record.rows:
         return f"holds {len(ids)} rows, the manifest says {record.rows}"
-    if not np.array_equal(ids, np.arange(record.first_id, record.last_id + 1)):
+    spanned = record.last_id - record.first_id + 1  # compared first: a forged range may be longer than memory
+    if spanned != record.rows or not np.array_equal(ids, np.arange(record.first_id, record.last_id + 1)):
         return f"its row ids are not {record.first_id} to {record.last_id}, one by one"
     return None
 
 
+def labels_fault(batch: pa.RecordBatch, classes: int) -> str | None:
+    """Whether a label is none of the classes; a row without one has a null."""
+    labels = batch.column("label").drop_null().to_numpy()
+    beyond = labels[(labels < 0) | (labels >= classes)]
+    if not len(beyond):
+        return None
+    return f"label {beyond[0]} is out of range for {classes} classes ({len(beyond)} such rows)"
+
+
 def column_fault(batch: pa.RecordBatch, manifest: DataManifest | LabelManifest) -> str | None:
     """The first column that is not as FORMAT.md has it. Columns that a newer minor version added are ignored."""
-    metadata = {key.decode(): value.decode(errors="replace") for key, value in (batch.schema.metadata or {}).items()}
+    raw = batch.schema.metadata or {}
+    metadata = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in raw.items()}
     if metadata.get("store", manifest.digest) != manifest.digest:  # shards of version 1.0 do not say
         return f"belongs to the store {metadata['store']}, this is {manifest.digest}"
     wanted: dict[str, pa.DataType] = {"row_id": pa.int64()}

@@ -106,7 +106,9 @@ class _Check:
     _unread_rows: int = 0
 
     def __post_init__(self) -> None:
-        self._seen = np.zeros(self.store.manifest.rows, dtype=np.bool_)  # one byte a row
+        # One byte a row. A manifest may claim any number; the files hold at most one row in 8 bytes, its id.
+        most = sum(self.store.folder.sizes().values()) // 8
+        self._seen = np.zeros(min(self.store.manifest.rows, most), dtype=np.bool_)
 
     def shard(self, record: ShardRecord) -> pa.RecordBatch | None:
         """Check one shard; its batch, None where its columns cannot be trusted."""
@@ -149,20 +151,16 @@ class _Check:
         self._seen[unique] = True
 
     def _labels(self, batch: pa.RecordBatch, manifest: DataManifest) -> str | None:
-        column = batch.column("label")
-        self.unlabelled += column.null_count
-        labels = column.drop_null().to_numpy()
-        beyond = labels[(labels < 0) | (labels >= manifest.classes)]
-        if not len(beyond):
-            return None
-        return f"label {beyond[0]} is out of range for {manifest.classes} classes ({len(beyond)} such rows)"
+        self.unlabelled += batch.column("label").null_count
+        return shards.labels_fault(batch, manifest.classes)
 
     def coverage(self) -> None:
         """Count the ids that no shard has; a shard that could not be read is a fault of its own already."""
-        self.missing = len(self._seen) - int(self._seen.sum())
+        rows = self.store.manifest.rows
+        self.missing = rows - int(self._seen.sum())
         if self.double or self.outside or self.missing > self._unread_rows:
             self.faults.append(
-                f"{self.store.folder.location(manifests.FILE)}: the row ids are not 0 to {len(self._seen) - 1}, each "
+                f"{self.store.folder.location(manifests.FILE)}: the row ids are not 0 to {rows - 1}, each "
                 f"once: {self.missing} missing, {self.double} double, {self.outside} outside: {_REMAKE_ALL}"
             )
 
