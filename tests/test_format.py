@@ -396,7 +396,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
         lambda manifest: manifest["splits"].pop("validation"), "has the splits train, test", "splits differ",
     ),
     "fewer shards": (
-        lambda manifest: manifest["splits"]["test"]["shards"].clear(), "split test has 3 rows, but its shards hold 0", "splits differ",
+        lambda manifest: manifest["splits"]["test"]["shards"].clear(), "split test has 3 rows, but its shards hold 0",
+        "splits differ",
     ),
     "a file above the folder": (
         edit_shard(file="../x.arrow"), "'../x.arrow' is not a shard's name", "../x.arrow is not a shard's name",
