@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from distill_ray.config import PrecisionName
 from distill_ray.errors import UserError
@@ -31,6 +32,17 @@ def has_native_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private in torch 2.13; absent: fp32, always right
     return bool(probe and probe())
+
+
+def cast_weights(model: nn.Module, precision: str) -> None:
+    """Store the weights as autocast would cast them at every call: the same logits, without casting them every time.
+
+    For inference only: autocast's own cache of cast weights does not work under ``torch.inference_mode``.
+    """
+    dtype = _DTYPES.get(precision)
+    for layer in model.modules() if dtype is not None else ():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            layer.to(dtype)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -25,6 +25,7 @@ from distill_ray.artifacts import METRICS_FILE, History
 from distill_ray.checkpoints import Checkpoint
 from distill_ray.config import CeLoss, KdLoss, TrainConfig
 from distill_ray.errors import RunError
+from distill_ray.memory import keep_freed_memory
 from distill_ray.metrics import ValidationMetrics
 from distill_ray.models import Classifier, ModelSpec, save_model
 from distill_ray.storage import Folder
@@ -82,6 +83,7 @@ def fit(
     Raises:
         RunError: the loss is not finite (names epoch and step), or memory ran out (names the key to lower).
     """
+    keep_freed_memory()
     torch.set_num_threads(worker.threads)
     state = _State.start(spec, folder / CHECKPOINTS, worker)
     rows = _Rows(train, worker.device)

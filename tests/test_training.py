@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing as mp
 
-from distill_ray import checkpoints, training
+from distill_ray import checkpoints, precision, training
 from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
 from distill_ray.errors import RunError
 from distill_ray.models import ModelSpec
@@ -213,3 +216,47 @@ def test_one_worker_equals_three_also_where_two_have_no_rows(tmp_path: Path) -> 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for key in ("train_loss", "validation_accuracy", "validation_ce"):
         assert [line[key] for line in lines] == pytest.approx([row[key] for row in alone.history], rel=1e-4)
+
+
+def test_cast_weights_give_the_logits_that_autocast_gives() -> None:
+    spec = _spec().model
+    torch.manual_seed(0)
+    model = spec.build().eval()
+    rows = torch.randint(0, 256, (32, 6), dtype=torch.uint8)
+    with torch.inference_mode(), precision.autocast("bf16", torch.device("cpu")):
+        before = model(rows)
+        precision.cast_weights(model, "bf16")
+        assert torch.equal(model(rows), before)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_fp32_weights_stay_as_they_are() -> None:
+    model = _spec().model.build()
+    precision.cast_weights(model, "fp32")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+_CHURN = """
+import resource, sys, torch
+from distill_ray.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+torch.empty(12 * 2**20).zero_()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.empty(12 * 2**20).zero_()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_kept() -> None:
+    """48 MiB, twenty times: 12,288 pages each are faulted in anew unless malloc keeps them."""
+    faults = {
+        mode: int(
+            subprocess.run([sys.executable, "-c", _CHURN, mode], capture_output=True, text=True, check=True).stdout
+        )
+        for mode in ("keep", "leave")
+    }
+    assert faults["keep"] < 1000
+    assert faults["leave"] > 5 * faults["keep"]

@@ -156,11 +156,15 @@ class Labeller:
     ) -> None:  # fmt: skip
         import torch
 
+        from distill_ray.memory import keep_freed_memory
         from distill_ray.models import load_model
+        from distill_ray.precision import cast_weights
 
+        keep_freed_memory()
         torch.set_num_threads(threads)
         self._device = runtime.worker_device()
         self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)
+        cast_weights(self._model, precision)
         self._data, self._folder = open_store(Folder(data), cache), Folder(folder)
         self._precision, self._batch_size, self._store = precision, batch_size, store
 
