@@ -241,7 +241,8 @@ import resource, sys, torch
 from distill_ray.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-torch.empty(12 * 2**20).zero_()
+for _ in range(30):  # until the heap has found its shape
+    torch.empty(12 * 2**20).zero_()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.empty(12 * 2**20).zero_()
@@ -252,11 +253,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_freed_memory_is_kept() -> None:
     """48 MiB, twenty times: 12,288 pages each are faulted in anew unless malloc keeps them."""
-    faults = {
-        mode: int(
-            subprocess.run([sys.executable, "-c", _CHURN, mode], capture_output=True, text=True, check=True).stdout
-        )
-        for mode in ("keep", "leave")
-    }
+
+    def faults_of(mode: str) -> int:
+        command = [sys.executable, "-c", _CHURN, mode]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    faults = {mode: faults_of(mode) for mode in ("keep", "leave")}
     assert faults["keep"] < 1000
-    assert faults["leave"] > 5 * faults["keep"]
+    assert faults["leave"] > 5000
