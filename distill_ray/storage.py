@@ -28,6 +28,7 @@ from distill_ray.errors import UserError
 
 _TEMPORARY = ".tmp-"  # prefix of files that are being written
 _STALE_TEMPORARY_S = 3600.0
+_MAPPED_BYTES = 2**20  # a smaller file is read in less time than its pages are mapped
 _PATIENCE_S = 120.0  # a remote store that refuses requests gets this long, each time
 _LONGEST_PAUSE_S = 5.0
 # What asking again does not change, in the words of pyarrow's S3 and GCS filesystems.
@@ -150,9 +151,11 @@ class Folder:
         return bytes(self._download(name))
 
     def buffer(self, name: str) -> pa.Buffer:
-        """The whole file as an Arrow buffer: memory-mapped where it is local, read where it is not."""
+        """The whole file as an Arrow buffer: memory-mapped where it is local and large, read where it is not."""
         if self.is_local:
-            with pa.memory_map(str(self.path / name)) as source:
+            path = os.path.join(self.uri, name)
+            large = os.path.getsize(path) >= _MAPPED_BYTES
+            with pa.memory_map(path) if large else pa.OSFile(path) as source:
                 return source.read_buffer()
         return self._download(name)
 
