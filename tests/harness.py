@@ -180,3 +180,16 @@ def only(folder: Path, pattern: str) -> Path:
 def epochs_done(folder: Path, stage: str) -> int:
     """Finished epochs over all folders of a stage."""
     return sum(len(path.read_text().splitlines()) for path in folder.glob(f"artifacts/{stage}-*/metrics.jsonl"))
+
+
+def session_processes(session: int) -> list[tuple[int, str]]:
+    """(pid, title) of the processes of a session, also of those whose parents are gone; without zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, of_session = stat.read_text().rsplit(")", 1)[1].split()[:4]
+        except (OSError, IndexError):
+            continue  # ended meanwhile
+        if int(of_session) == session and state != "Z":
+            found.append((int(stat.parent.name), _title(int(stat.parent.name))))
+    return found
