@@ -122,7 +122,7 @@ def show(tallies: Sequence[Tally], seed: int) -> None:
 
 @contextmanager
 def ground_at(config: Path, out: Path, work: Path) -> Iterator[Ground]:
-    """The finished run under ``out`` as ground; Ray's own files go with it, under a path short enough for its sockets."""
+    """The finished run under ``out`` as ground; Ray's own files go with it, at a path that its sockets can have."""
     with tempfile.TemporaryDirectory(prefix="campaign-", dir="/tmp", ignore_cleanup_errors=True) as ray:
         work.mkdir(parents=True, exist_ok=True)
         yield Ground(config, out, work, Path(ray))
