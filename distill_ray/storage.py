@@ -312,8 +312,10 @@ def _write_locally(folder: Path, name: str, data: bytes | pa.Buffer) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / name)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a refused write says why, but not where
+            error.filename = str(folder / name)
         raise
     _sync_directory(folder)
 

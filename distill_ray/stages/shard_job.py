@@ -143,6 +143,7 @@ def _packed(work: Callable[[], ShardRecord]) -> dict[str, str]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         problem = {
             "user": isinstance(error, UserError),
+            "told": told,
             "message": str(error) if told else f"{place}{reason or type(error).__name__}",
             "trace": traceback.format_exc(),
         }
@@ -156,7 +157,8 @@ def _unpacked(stage: str, row: Mapping[str, str]) -> ShardRecord:
     if problem["user"]:
         failure: DistillRayError = UserError(f"{stage}: {problem['message']}")
     else:
-        failure = RunError(f"{stage}: {problem['message']}; finished work is kept, the same command continues")
+        kept = "" if problem["told"] else "; finished work is kept, the same command continues"
+        failure = RunError(f"{stage}: {problem['message']}{kept}")
     failure.add_note(problem["trace"])  # shown with --debug
     raise failure
 
@@ -169,6 +171,10 @@ def commit(target: Stage, manifest: StoreManifest) -> None:
     """
     if not target.folder.is_local and opening.store_is_whole(target):
         return
+    sizes = target.folder.sizes()
+    gone = next((record.file for record in manifest.shards if sizes.get(record.file) != record.bytes), None)
+    if gone is not None:  # swept by another writer that does not see this one's lock
+        raise RunError(f"{target.folder.location(gone)}: was deleted meanwhile: the same command makes it again")
     manifests.write(target.folder, manifest)
     sweep_orphans(target.folder, manifest)
 

@@ -76,7 +76,8 @@ def encode_logits(row_ids: Ids, logits_BC: npt.NDArray[np.float32]) -> pa.Record
     bad = np.flatnonzero(~np.isfinite(logits_BC).all(axis=1))
     if bad.size:
         raise RunError(
-            f"the teacher gave a non-finite logit for row {int(row_ids[bad[0]])} ({bad.size} such rows in its shard)"
+            f"the teacher gave a non-finite logit for row {int(row_ids[bad[0]])} ({bad.size} such rows in its shard): "
+            "it overflows or its weights are bad; try labels.precision=fp32, else train another"
         )
     with np.errstate(over="ignore"):  # two finite float32 can lie further apart than float32 reaches: clipped next
         shifted = logits_BC - logits_BC.max(axis=1, keepdims=True)
