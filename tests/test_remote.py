@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from distill_ray import storage
-from distill_ray.errors import UserError
+from distill_ray.errors import RunError, UserError
 from distill_ray.storage import Folder
 from distill_ray.store import ShardCache, open_store, read_split
 from tests.conftest import SmallRun
@@ -311,7 +311,11 @@ def test_only_old_orphans_go_and_the_first_commit_stays(at_server: ObjectStore, 
     other = local.data_manifest.model_copy(update={"code_version": "of the second writer"})
     shard_job.commit(target, other)
     assert open_store(folder).manifest == local.manifest
-    missing = local.manifest.shards[0].file
-    folder.delete(missing)
-    shard_job.commit(target, other)  # the store in place is not whole: the second writer's word counts
+    folder.write_text("manifest.json", "{")
+    shard_job.commit(target, other)  # what is in place is no store: the second writer's word counts
     assert open_store(folder).manifest == other
+    folder.delete("manifest.json")
+    folder.delete(local.manifest.shards[0].file)
+    with pytest.raises(RunError, match="was deleted meanwhile: the same command makes it again"):
+        shard_job.commit(target, other)
+    assert "manifest.json" not in folder.names()
