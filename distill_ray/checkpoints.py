@@ -77,7 +77,10 @@ def latest(folder: Folder) -> Checkpoint | None:
 def at(folder: Folder, epoch: int) -> Checkpoint | None:
     """The whole checkpoint of an epoch, None where there is none."""
     for name in _epochs(folder).get(epoch, []):
-        data = folder.read_bytes(name)
+        try:
+            data = folder.read_bytes(name)
+        except FileNotFoundError:  # another run, which sees no lock of this one, has dropped it
+            continue
         if hashlib.sha256(data).hexdigest()[:16] != _NAME.match(name)["checksum"]:  # type: ignore[index]
             continue
         try:

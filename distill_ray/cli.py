@@ -171,11 +171,15 @@ def _verify(
         print(json.dumps(answer), flush=True)
     elif not quiet:
         held = f"{answer['rows']} rows in {answer['shards']} shards"
+        if answer.get("accuracy") is not None:
+            held += f", teacher accuracy {answer['accuracy']:.4f}"
         if replayed := answer.get("replay"):
             held += (
-                f", {replayed['rows']} of them run through the teacher again (largest difference "
+                f", {replayed['rows']} rows run through the teacher again (largest difference "
                 f"{replayed['max_abs_difference']:.2g})"
             )
+        elif answer["kind"] == "labels":
+            held += ", no row run through the teacher again"
         print(f"{answer['folder']}: {answer['kind'].removesuffix('s')} store, {held}: no fault found")
 
 
@@ -185,6 +189,8 @@ def _replayed(answer: dict[str, Any], rows: int, reporter: Reporter) -> dict[str
         return None
     if answer["teacher"] is None:
         reporter.line(f"verify: there is no teacher-{answer['teacher_digest']} beside it: no row was run again")
+        return None
+    if not answer["same_weights"]:  # verify has said so
         return None
     from distill_ray.replay import replay
     from distill_ray.storage import Folder

@@ -6,6 +6,7 @@ On a terminal long work has bars; elsewhere (a log, CI) the same work prints pla
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 _PLAIN_LINE_EVERY_S = 5.0
+_SILENT_S, _LOOK_EVERY_S = 60.0, 1.0
 
 
 @dataclass
@@ -37,7 +39,19 @@ class Reporter:
 
     @contextmanager
     def progress(self, description: str, total: float) -> Iterator[Bar]:
-        """A bar for work of ``total`` steps."""
+        """A bar for work of ``total`` steps; where it stands still for long, lines that say so."""
+        with self._bar(description, total) as bar:
+            over = threading.Event()
+            watcher = threading.Thread(target=bar.watch, args=(over,), name="watch-progress", daemon=True)
+            watcher.start()
+            try:
+                yield bar
+            finally:
+                over.set()
+                watcher.join()
+
+    @contextmanager
+    def _bar(self, description: str, total: float) -> Iterator[Bar]:
         if self.quiet or not self._stderr.is_terminal:
             yield Bar(self, description, total, None, None)
             return
@@ -61,9 +75,25 @@ class Bar:
     bars: Progress | None
     task: TaskID | None
     _last_line: float = 0.0
+    _done: float = 0.0
+    _last_news: float = field(default_factory=time.monotonic)
+
+    def watch(self, over: threading.Event) -> None:
+        """Say so, again and again, while nothing is heard of the work: slow steps, or storage that refuses requests."""
+        told = self._last_news
+        while not over.wait(_LOOK_EVERY_S):
+            silent_s = time.monotonic() - self._last_news
+            if silent_s >= _SILENT_S and time.monotonic() - told >= _SILENT_S:
+                told = time.monotonic()
+                self.reporter.line(
+                    f"{self.description}: {self._done:g}/{self.total:g} for {silent_s:.0f} s without news; "
+                    "slow work, or storage that does not answer the workers"
+                )
 
     def update(self, done: float, note: str = "") -> None:
         """``done`` of ``total`` steps are finished."""
+        if done != self._done:
+            self._done, self._last_news = done, time.monotonic()
         if self.bars is not None and self.task is not None:
             self.bars.update(self.task, completed=done, note=note)
         elif time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S or done >= self.total:

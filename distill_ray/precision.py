@@ -26,6 +26,11 @@ def resolve(precision: PrecisionName, device: torch.device) -> str:
     return "bf16" if has_native_bf16(device) else "fp32"
 
 
+def exact_fp32() -> None:
+    """Make fp32 mean float32 in this process: CUDA's convolutions would round their inputs to TF32 (10 bits)."""
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def has_native_bf16(device: torch.device) -> bool:
     """Whether bf16 is computed natively, not emulated: AVX-512 BF16 or AMX on CPUs, Ampere or later on GPUs."""
     if device.type == "cuda":

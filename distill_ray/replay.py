@@ -20,7 +20,7 @@ from distill_ray.store import Store
 from distill_ray.store.manifest import ShardRecord
 
 SAMPLE_ROWS = 256
-_SHARDS = 8  # that the sample is drawn from
+_SHARDS = 8  # that the sample is drawn from, more where they are small
 _FLOAT16_ROUNDING = 2.0**-10  # twice the half of a unit in the last place, relative
 _FP32_SLACK = 1e-3  # other threads, batch sizes and hardware add in another order; relative to the logits' range
 _REDUCED_SLACK = 4.0  # times the largest difference from fp32 that the labelling itself measured on its own sample
@@ -44,6 +44,7 @@ def replay(labels: Store, data: Store, teacher: Folder, rows: int = SAMPLE_ROWS)
     model = load_model(teacher, expected_sha256=manifest.teacher_weights_sha256)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
+    precision.exact_fp32()
     used = _supported(manifest.precision, device)
     differences, agreed, wrong, count = 0.0, 0, [], 0
     for row_ids, inputs, stored_BC in _sample(labels, data, rows):
@@ -78,14 +79,17 @@ def _sample(
     labels: Store, data: Store, rows: int
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[np.float32]]]:
     """Row ids [B], inputs [B, *shape] and stored logits [B, C], shard by shard."""
-    random = np.random.default_rng(int(labels.manifest.digest, 16))
+    random = np.random.default_rng(list(labels.manifest.digest.encode()))
     twins = {(record.split, record.index): record for record in data.manifest.shards}
     records = labels.manifest.shards
-    picked = random.choice(len(records), size=min(_SHARDS, len(records)), replace=False)
-    share = -(-rows // len(picked))
-    for number in picked:
+    share = -(-rows // min(_SHARDS, len(records)))
+    missing = rows
+    for number in random.permutation(len(records)):
+        if missing <= 0:
+            return
         record: ShardRecord = records[int(number)]
-        at = np.sort(random.choice(record.rows, size=min(share, record.rows), replace=False))
+        at = np.sort(random.choice(record.rows, size=min(share, record.rows, missing), replace=False))
+        missing -= len(at)
         twin = twins[record.split, record.index]
         inputs = data.data_shard(twin).inputs[at]
         stored = labels.label_shard(record, verify=False)  # verify has just read it

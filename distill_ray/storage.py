@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import tenacity
 
-from distill_ray.errors import UserError
+from distill_ray.errors import RunError, UserError
 
 _TEMPORARY = ".tmp-"  # prefix of files that are being written
 _STALE_TEMPORARY_S = 3600.0
@@ -37,6 +38,7 @@ _FINAL = (
     "UNRECOGNIZED_CLIENT", "MISSING_AUTHENTICATION", "INVALID_PARAMETER", "VALIDATION", "HTTP status 301",
     "HTTP status 400", "HTTP status 403", "PERMISSION_DENIED", "UNAUTHENTICATED",
 )  # fmt: skip
+_CREDENTIALS = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -57,10 +59,10 @@ class Folder:
         """
         text = str(location).removeprefix("file://")
         if "://" in text:
-            host = text.split("://", 1)[1].split("/", 1)[0]
-            if "@" in host:
+            place, _, options = text.split("://", 1)[1].partition("?")
+            if "@" in place or _CREDENTIALS.search(options):
                 raise UserError("a URI with credentials in it: leave them out, and set them in the environment")
-            if not host and not text.split("://", 1)[1].strip("/"):
+            if not place.strip("/"):
                 raise UserError(f"{text}: a URI without a bucket or path")
             return cls(text.rstrip("/"))
         return cls(str(Path(text).expanduser().absolute()))
@@ -256,7 +258,12 @@ def impatience() -> Iterator[None]:
 
 
 def _patiently(uri: str, request: Callable[[], T]) -> T:
-    """Make the request, again where it is refused, with growing pauses and for a bounded time."""
+    """Make the request, again where it is refused, with growing pauses and for a bounded time.
+
+    Raises:
+        RunError: the store did not answer for as long as that. Not where nobody waits (see :func:`impatience`).
+        OSError: the answer is final.
+    """
     patience_s = _patience_s.get()
 
     def tell(state: tenacity.RetryCallState) -> None:
@@ -271,7 +278,15 @@ def _patiently(uri: str, request: Callable[[], T]) -> T:
         before_sleep=tell,
         reraise=True,
     )
-    return attempts(request)
+    try:
+        return attempts(request)
+    except OSError as error:
+        if patience_s and _may_pass(error):
+            raise RunError(
+                f"{uri}: does not answer for {patience_s:.0f} s ({reason_of(error)}); finished work is kept, the same "
+                "command continues"
+            ) from None
+        raise
 
 
 def _may_pass(error: BaseException) -> bool:

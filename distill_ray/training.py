@@ -27,7 +27,7 @@ from distill_ray.config import CeLoss, KdLoss, TrainConfig
 from distill_ray.errors import RunError
 from distill_ray.memory import keep_freed_memory
 from distill_ray.metrics import ValidationMetrics
-from distill_ray.models import Classifier, ModelSpec, save_model
+from distill_ray.models import Classifier, ModelSpec, finished_weights, save_model
 from distill_ray.storage import Folder
 from distill_ray.store.reader import SplitArrays
 
@@ -84,6 +84,7 @@ def fit(
         RunError: the loss is not finite (names epoch and step), or memory ran out (names the key to lower).
     """
     keep_freed_memory()
+    precision.exact_fp32()
     torch.set_num_threads(worker.threads)
     state = _State.start(spec, folder / CHECKPOINTS, worker)
     rows = _Rows(train, worker.device)
@@ -101,6 +102,9 @@ def fit(
 def export_best(model: ModelSpec, folder: Folder) -> FitResult:
     """Write the model of the best epoch of the training in ``folder``, from its checkpoints.
 
+    A folder that is finished and whole is left as it is: where there are no locks, another run may have been faster,
+    and labels or students may have been made of its weights already.
+
     Raises:
         RunError: there is no whole checkpoint.
     """
@@ -108,7 +112,8 @@ def export_best(model: ModelSpec, folder: Folder) -> FitResult:
     best = checkpoints.at(folder / CHECKPOINTS, newest.best_epoch) if newest is not None else None
     if newest is None or best is None:
         raise RunError(f"{folder / CHECKPOINTS}: holds no whole checkpoint; run the command again")
-    return FitResult(save_model(folder, model, best.model), newest.best_epoch, newest.history)
+    weights = finished_weights(folder) or save_model(folder, model, best.model)
+    return FitResult(weights, newest.best_epoch, newest.history)
 
 
 class _Rows:

@@ -51,14 +51,18 @@ def logits_of(ids: npt.NDArray[np.int64], wrong: int = 0, seed: int = 0) -> npt.
     return logits
 
 
-def commit_data(folder: Folder, records: list[ShardRecord], **changes: Any) -> Store:
-    """Write the manifest of a data store."""
-    manifest = DataManifest(
+def data_manifest(records: list[ShardRecord]) -> DataManifest:
+    """The manifest of a data store of these shards, not yet written."""
+    return DataManifest(
         digest=DATA_DIGEST, code_version="0", classes=CLASSES, class_names=tuple("abcde"),
         splits=manifests.split_records(records), source="test", synthetic=True, shape=SHAPE, dtype="uint8",
         input=InputConfig(), config={},
     )  # fmt: skip
-    manifests.write(folder, manifest.model_copy(update=changes))
+
+
+def commit_data(folder: Folder, records: list[ShardRecord], **changes: Any) -> Store:
+    """Write the manifest of a data store."""
+    manifests.write(folder, data_manifest(records).model_copy(update=changes))
     return open_store(folder)
 
 

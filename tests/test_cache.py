@@ -207,3 +207,15 @@ def test_auto_is_the_users_cache_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HOME", str(tmp_path))
     assert ShardCache.of("auto", 1).directory == Path(os.environ["HOME"]) / ".cache" / "distill_ray" / "shards"
     assert ShardCache.of("/scratch/shards", 1) == ShardCache(Path("/scratch/shards"), 2**30)
+
+
+def test_the_users_own_files_in_its_folder_are_left_alone(tmp_path: Path, remote: Remote) -> None:
+    cache = cache_of(tmp_path, 2)
+    cache.directory.mkdir()
+    mine = [cache.directory / name for name in ("my_dataset.arrow", "download.part", f"{'a' * 63}.arrow")]
+    for path in mine:
+        path.write_bytes(bytes(SIZE))
+    for number in range(4):
+        remote.get(cache, number)
+    assert all(path.exists() for path in mine)
+    assert held(cache) == (2 + len(mine)) * SIZE

@@ -9,9 +9,11 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 
+from distill_ray import console
 from distill_ray.console import results_table
 from tests.harness import environment
 
@@ -42,3 +44,22 @@ def test_a_narrow_terminal_gets_fewer_columns_and_whole_numbers(width: int) -> N
     assert "0.9152" in printed
     assert "8,481,598" in printed
     assert ("33,927,232" in printed) == (width == 140)
+
+
+def test_work_that_stands_still_is_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_SILENT_S", 0.2)
+    monkeypatch.setattr(console, "_LOOK_EVERY_S", 0.02)
+    with console.Reporter().progress("label", 40) as bar:
+        bar.update(3, "rows")
+        time.sleep(0.9)
+        bar.update(4, "rows")
+    told = [line for line in capsys.readouterr().err.splitlines() if "without news" in line]
+    assert 1 <= len(told) <= 4
+    assert told[0].startswith("label: 3/40 for 0 s without news; slow work, or storage that does not answer")
+
+
+def test_work_that_moves_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.Reporter().progress("label", 3) as bar:
+        for done in range(4):
+            bar.update(done)
+    assert "without news" not in capsys.readouterr().err

@@ -387,7 +387,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
         f"made from data {'0123' * 4}, the config's data is {'da7a' * 4}", f"labels of {'0123' * 4}",
     ),
     "other classes": (
-        lambda manifest: manifest.update(classes=4), "has 4 classes, the data has 3", "classes differ",
+        lambda manifest: manifest.update(classes=4), "has 4 classes, the data da7ada7ada7ada7a has 3", "classes differ",
     ),
     "other names of classes": (
         lambda manifest: manifest.update(class_names=["a", "b", "c"]), "its classes have other names", "classes differ",

@@ -316,6 +316,6 @@ def test_only_old_orphans_go_and_the_first_commit_stays(at_server: ObjectStore, 
     assert open_store(folder).manifest == other
     folder.delete("manifest.json")
     folder.delete(local.manifest.shards[0].file)
-    with pytest.raises(RunError, match="was deleted meanwhile: the same command makes it again"):
+    with pytest.raises(RunError, match="another run took it away"):
         shard_job.commit(target, other)
     assert "manifest.json" not in folder.names()

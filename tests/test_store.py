@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,9 @@ from hypothesis.extra import numpy as hnp
 
 from distill_ray.artifacts import Stage
 from distill_ray.errors import RunError, UserError
-from distill_ray.stages.shard_job import ShardPlan, keep_finished, sweep_orphans
+from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, sweep_orphans
 from distill_ray.storage import Folder
-from distill_ray.store import Store, open_store, read_shards, read_split, shards
+from distill_ray.store import DataManifest, Store, open_store, read_shards, read_split, shards
 from distill_ray.store import manifest as manifests
 from tests import stores
 
@@ -351,7 +352,7 @@ def test_labels_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has the splits train, validation, the data has train, validation, test"):
         read_split(data, "test", few)
     other = stores.commit_labels(labels.folder, labels.manifest.shards, classes=4)
-    with pytest.raises(UserError, match="has 4 classes, the data has 5"):
+    with pytest.raises(UserError, match="has 4 classes, the data da7ada7ada7ada7a has 5"):
         read_split(data, "test", other)
     ids = np.arange(49, 57)
     moved = shards.write(
@@ -494,3 +495,67 @@ def test_read_shards_gives_the_rows_of_read_split(tmp_path: Path) -> None:
     assert [len(part) for part in parts] == [8, 8, 8, 8, 4]
     for name in ("row_ids", "inputs", "labels", "logits"):
         assert np.array_equal(np.concatenate([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+# --- rival writers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_store_that_lost_a_shard_keeps_the_others_also_of_version_1_0(tmp_path: Path) -> None:
+    """Shards of 1.0 do not say whose they are; the manifest that names them does."""
+    golden = Path(__file__).parent / "golden" / "store-1.0"
+    place = Path(shutil.copytree(next(golden.glob("labels-*")), tmp_path / "labels"))
+    store = open_store(str(place))
+    records = list(store.manifest.shards)
+    (place / records[1].file).unlink()
+    plan = [ShardPlan(r.split, r.index, r.first_id, r.rows) for r in records]
+    kept, todo = keep_finished(Stage("labels", store.manifest.digest, store.folder), plan)
+    assert kept == [records[0], *records[2:]]
+    assert todo == [plan[1]]
+    assert keep_finished(Stage("labels", "0" * 16, store.folder), plan)[0] == []
+
+
+def rival_store(folder: Folder, seed: int) -> DataManifest:
+    """The shards of one of two writers whose content differs, and its manifest, not yet committed."""
+    records = [
+        shards.write(folder, split, index, stores.data_batch(ids, seed), store=stores.DATA_DIGEST)
+        for split, index, ids in stores.plan()
+    ]
+    return stores.data_manifest(records)
+
+
+def test_of_two_writers_the_first_commit_stands(tmp_path: Path) -> None:
+    target = stage_of(Folder.at(tmp_path))
+    one, two = rival_store(target.folder, 1), rival_store(target.folder, 2)
+    assert commit(target, one) == one
+    assert commit(target, two) == one  # the second finds it and leaves it be, without its own shards
+    assert set(target.folder.names()) == {"manifest.json", *(record.file for record in one.shards)}
+
+
+def test_two_commits_in_the_same_moment_lose_no_store_in_silence(tmp_path: Path) -> None:
+    """Both have looked, both write their manifest, then both sweep: the one that stands keeps its shards."""
+    target = stage_of(Folder.at(tmp_path))
+    one, two = rival_store(target.folder, 1), rival_store(target.folder, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "write", write_after(manifests.write, target.folder, two))
+        standing = commit(target, one)
+    assert standing == two
+    assert open_store(target.folder).missing_shard() is None
+
+
+def write_after(original: Callable[..., None], folder: Folder, other: DataManifest) -> Callable[..., None]:
+    """``manifests.write``, at whose end another's manifest stands."""
+
+    def write(target: Folder, manifest: DataManifest) -> None:
+        original(target, manifest)
+        original(folder, other)
+
+    return write
+
+
+def test_a_commit_whose_shards_were_swept_says_so(tmp_path: Path) -> None:
+    target = stage_of(Folder.at(tmp_path))
+    manifest = rival_store(target.folder, 1)
+    target.folder.delete(manifest.shards[0].file)
+    with pytest.raises(RunError, match="another run took it away while this one was at work"):
+        commit(target, manifest)
+    assert not target.folder.exists("manifest.json")

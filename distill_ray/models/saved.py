@@ -44,6 +44,14 @@ def save_model(folder: Folder, spec: ModelSpec, weights: dict[str, torch.Tensor]
     return hashlib.sha256(data).hexdigest()
 
 
+def finished_weights(folder: Folder) -> str | None:
+    """The checksum of the weights of a folder that is finished and whole; None where it is not."""
+    recorded = _recorded_sha256(folder)
+    if recorded is None or not folder.exists(WEIGHTS_FILE):
+        return None
+    return recorded if hashlib.sha256(folder.read_bytes(WEIGHTS_FILE)).hexdigest() == recorded else None
+
+
 def load_model(folder: str | Folder, *, expected_sha256: str | None = None) -> Classifier:
     """The trained model of a teacher's or student's folder, in eval mode, on the CPU, taking raw rows.
 

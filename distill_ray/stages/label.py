@@ -13,7 +13,7 @@ from distill_ray.errors import RunError
 from distill_ray.placing import Placement
 from distill_ray.stages import opening, prepare, teacher
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
-from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards
+from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
 from distill_ray.store import LabelManifest, ShardCache, ShardRecord, open_store
 from distill_ray.store import manifest as manifests
@@ -29,6 +29,8 @@ def run(context: Context) -> Stage:
     context.once("label", target, opening.store_is_whole, lambda: _make(context, data, model, target))
     store = opening.label_store(context.config, target, opening.data_store(context.config, data))
     opening.check_teacher(store, model, weights_sha256(model))
+    if not target.folder.is_local:  # those that were too young when the store was committed
+        sweep_orphans(target.folder, store.manifest)
     return target
 
 
@@ -82,8 +84,9 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         teacher_digest=model.digest, teacher_weights_sha256=weights_sha256(model), precision=check["precision"],
         precision_check={key: check[key] for key in ("rows", "top1_agreement", "kl", "max_abs_difference")},
     )  # fmt: skip
-    commit(target, manifest)
-    _log(context, target, manifest, {"label_seconds": seconds, "label_rows": sum(r.rows for r in fresh)})
+    standing = commit(target, manifest)
+    assert isinstance(standing, LabelManifest)
+    _log(context, target, standing, {"label_seconds": seconds, "label_rows": sum(r.rows for r in fresh)})
 
 
 def _stream(
@@ -158,9 +161,10 @@ class Labeller:
 
         from distill_ray.memory import keep_freed_memory
         from distill_ray.models import load_model
-        from distill_ray.precision import cast_weights
+        from distill_ray.precision import cast_weights, exact_fp32
 
         keep_freed_memory()
+        exact_fp32()
         torch.set_num_threads(threads)
         self._device = runtime.worker_device()
         self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)

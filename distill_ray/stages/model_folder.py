@@ -10,7 +10,7 @@ import yaml
 from distill_ray import metrics, precision
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
 from distill_ray.config import CeLoss, KdLoss, PrecisionName, StudentConfig
-from distill_ray.models import ModelSpec, load_model
+from distill_ray.models import ModelSpec, finished_weights, load_model
 from distill_ray.models.classifier import count_parameters
 from distill_ray.stages.context import CONFIG_FILE
 from distill_ray.storage import Folder
@@ -52,8 +52,11 @@ def resolve_precision(folder: Folder, asked: PrecisionName, device: torch.device
 def finish(folder: Folder, result: FitResult, test: SplitArrays, device: torch.device, extra: dict[str, Any]) -> None:
     """Evaluate the saved model once on the test split, in fp32, measure its latency, and write ``summary.json``.
 
-    The model is loaded back from its files: what is measured is what ``load_model`` gives to a user.
+    The model is loaded back from its files: what is measured is what ``load_model`` gives to a user. A folder that
+    another run has finished meanwhile, where there are no locks, is left as it is.
     """
+    if finished_weights(folder) is not None:
+        return
     model = load_model(folder, expected_sha256=result.weights_sha256).to(device)
     quality = metrics.evaluate(model, test, _EVALUATION_BATCH, "fp32", device)
     latency = metrics.latency_ms(model, torch.from_numpy(test.inputs[:1]), device)

@@ -29,8 +29,8 @@ def data_store(config: Config, data: Stage) -> Store:
     if held != wanted:
         differing = next(key for key in type(held).model_fields if getattr(held, key) != getattr(wanted, key))
         raise UserError(
-            f"{data.folder}: its input contract is another: {differing} {getattr(held, differing)}, the config has "
-            f"{getattr(wanted, differing)}: {_REMEDY}"
+            f"{data.folder}: the input contract of data {data.digest} is another: {differing} "
+            f"{getattr(held, differing)}, the config has {getattr(wanted, differing)}: {_REMEDY}"
         )
     return store
 

@@ -14,7 +14,7 @@ from distill_ray.errors import RunError, UserError
 from distill_ray.sources import SPLITS, SourceInfo, open_source
 from distill_ray.stages import opening
 from distill_ray.stages.context import Context
-from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards
+from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
 from distill_ray.store import DataManifest, ShardRecord, shards
 from distill_ray.store import manifest as manifests
@@ -24,7 +24,9 @@ def run(context: Context) -> Stage:
     """The finished data store of the config."""
     target = locate(context.config, context.out)
     context.once("prepare", target, opening.store_is_whole, lambda: _make(context, target))
-    opening.data_store(context.config, target)  # refuses a folder that holds another store
+    store = opening.data_store(context.config, target)  # refuses a folder that holds another store
+    if not target.folder.is_local:  # those that were too young when the store was committed
+        sweep_orphans(target.folder, store.manifest)
     return target
 
 

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import yaml
+
 from distill_ray import artifacts, runtime
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, from_dict, to_dict
+from distill_ray.config import Config, from_dict, to_dict, to_yaml
 from distill_ray.errors import DistillRayError
 from distill_ray.stages import opening, progress, search_space
 from distill_ray.stages.context import write_stage_config
 from distill_ray.stages.search_space import METRIC, Inputs
-from distill_ray.storage import Folder
-from distill_ray.store import ShardCache, open_store, read_split
+from distill_ray.store import SplitArrays, read_split
 
 _STOP_TIMEOUT_S = "60"
 
@@ -70,7 +71,7 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
     spec = model_folder.student_spec(data.data_manifest, section, section.loss, seed, target.folder, device)
     where = {"precision": spec.precision, "threads": threads, "device": device.type}
     write_stage_config(target, to_dict(section) | {"seed": seed}, where)
-    train, validation = _splits(opening.cache_of(config), inputs.data.folder, inputs.labels.folder)
+    train, validation = _splits(to_yaml(to_dict(inputs.config)), inputs.data, inputs.labels)
 
     def on_epoch(row: dict[str, float]) -> None:
         history.append(row)
@@ -82,10 +83,12 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _splits(cache: ShardCache, data: Folder, labels: Folder) -> tuple[Any, Any]:
+def _splits(config_yaml: str, data: Stage, labels: Stage) -> tuple[SplitArrays, SplitArrays]:
     """Train and validation rows, read once an actor: actors are reused from trial to trial."""
-    stores = open_store(data, cache), open_store(labels, cache)
-    return read_split(stores[0], "train", stores[1]), read_split(stores[0], "validation", stores[1])
+    config = from_dict(yaml.safe_load(config_yaml))
+    inputs = opening.data_store(config, data)
+    targets = opening.label_store(config, labels, inputs)
+    return read_split(inputs, "train", targets), read_split(inputs, "validation", targets)
 
 
 def _report(epoch: int, accuracy: float, reason: str | None = None) -> None:

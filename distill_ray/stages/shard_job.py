@@ -56,8 +56,10 @@ def keep_finished(target: Stage, plans: Sequence[ShardPlan]) -> tuple[list[Shard
         if match := SHARD_NAME.match(name):
             left.setdefault((match["split"], int(match["index"])), []).append(name)
 
+    trusted = _named_before(target)
+
     def recovered(plan: ShardPlan) -> ShardRecord | None:
-        return _whole_shard(target, left.get((plan.split, plan.index), []), plan)
+        return _whole_shard(target, left.get((plan.split, plan.index), []), plan, trusted)
 
     # Each is read once, from a disk or an object store: threads, since neither reading nor hashing holds the GIL.
     with ThreadPoolExecutor(_RECOVERY_THREADS) as pool:
@@ -66,11 +68,20 @@ def keep_finished(target: Stage, plans: Sequence[ShardPlan]) -> tuple[list[Shard
     return records, [plan for plan, record in zip(plans, found, strict=True) if record is None]
 
 
-def _whole_shard(target: Stage, names: Sequence[str], plan: ShardPlan) -> ShardRecord | None:
+def _named_before(target: Stage) -> frozenset[str]:
+    """Shards that a manifest of this very store names, of which others were lost: its word counts for those left."""
+    try:
+        manifest = manifests.read(target.folder)
+    except UserError:
+        return frozenset()
+    return frozenset(record.file for record in manifest.shards) if manifest.digest == target.digest else frozenset()
+
+
+def _whole_shard(target: Stage, names: Sequence[str], plan: ShardPlan, trusted: frozenset[str]) -> ShardRecord | None:
     for name in names:
         try:
-            record = shards.recover(target.folder, name, store=target.digest)
-        except UserError:
+            record = shards.recover(target.folder, name, store=None if name in trusted else target.digest)
+        except (UserError, FileNotFoundError):  # not a shard, or swept by another writer a moment ago
             continue
         if record is not None and plan.matches(record):
             return record
@@ -163,28 +174,41 @@ def _unpacked(stage: str, row: Mapping[str, str]) -> ShardRecord:
     raise failure
 
 
-def commit(target: Stage, manifest: StoreManifest) -> None:
-    """Write the manifest and sweep the shards that it does not name; the first of several writers wins.
+def commit(target: Stage, manifest: StoreManifest) -> StoreManifest:
+    """Make the store whole and sweep what does not belong to it; the manifest that stands, which may be another's.
 
-    Locally this process holds the folder (see artifacts.exclusive). Object stores have no locks: a writer that finds a
-    whole store in its place leaves it be, since readers may have opened it.
+    The first of several writers wins: a writer that finds a whole store in its place leaves it be, since readers may
+    have opened it. Under a shared lock (see artifacts.exclusive) that cannot happen; object stores, and mounts that do
+    not share their locks, have none.
+
+    Raises:
+        RunError: another writer took shards of this store away. The same command makes them again.
     """
-    if not target.folder.is_local and opening.store_is_whole(target):
-        return
+    if not opening.store_is_whole(target):
+        _require_shards(target, manifest)
+        manifests.write(target.folder, manifest)
+    standing = manifests.read(target.folder)
+    sweep_orphans(target.folder, standing)
+    _require_shards(target, standing)
+    return standing
+
+
+def _require_shards(target: Stage, manifest: StoreManifest) -> None:
     sizes = target.folder.sizes()
     gone = next((record.file for record in manifest.shards if sizes.get(record.file) != record.bytes), None)
-    if gone is not None:  # swept by another writer that does not see this one's lock
-        raise RunError(f"{target.folder.location(gone)}: was deleted meanwhile: the same command makes it again")
-    manifests.write(target.folder, manifest)
-    sweep_orphans(target.folder, manifest)
+    if gone is not None:
+        raise RunError(
+            f"{target.folder.location(gone)}: another run took it away while this one was at work: the same command "
+            "makes it again"
+        )
 
 
-def sweep_orphans(folder: Folder, manifest: StoreManifest) -> None:
-    """Delete shards that the manifest does not name: leftovers of killed or superseded writers.
+def sweep_orphans(folder: Folder, standing: StoreManifest, *, remote_age_s: float = _REMOTE_ORPHAN_S) -> None:
+    """Delete shards that the standing manifest does not name: leftovers of killed or superseded writers.
 
     On object stores only those older than a day: another writer may be about to commit younger ones.
     """
-    named = {record.file for record in manifest.shards}
-    for name in folder.names() if folder.is_local else folder.names_older_than(_REMOTE_ORPHAN_S):
+    named = {record.file for record in standing.shards}
+    for name in folder.names() if folder.is_local else folder.names_older_than(remote_age_s):
         if SHARD_NAME.match(name) and name not in named:
             folder.delete(name)

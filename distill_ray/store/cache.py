@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 _LOCK_TIMEOUT_S = 300.0  # whoever holds a lock copies one shard of at most 100 MiB, or is stuck
 _SUFFIX, _TEMPORARY_SUFFIX = ".arrow", ".part"
+_OURS = re.compile(r"[0-9a-f]{64}(\.arrow|\.part)\Z")  # the folder is the user's, too
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ShardCache:
         try:
             turn = self._lock(f"{sha256[:2]}.lock")  # one download a machine, not one a process
             turn.acquire()
-        except (OSError, Timeout):
+        except OSError:  # a lock that is not had in time, too
             return download(), False
         try:
             copy = self._copy(sha256, size)
@@ -76,7 +78,7 @@ class ShardCache:
             return data, False
         path = self.directory / f"{sha256}{_SUFFIX}"
         temporary = path.with_suffix(_TEMPORARY_SUFFIX)
-        with suppress(OSError, Timeout), self._lock("evict.lock"):
+        with suppress(OSError), self._lock("evict.lock"):
             self._make_room(data.size)
             try:
                 temporary.write_bytes(data)
@@ -88,10 +90,10 @@ class ShardCache:
     def _make_room(self, size: int) -> None:
         """Delete the copies that were used longest ago. Under the lock, so whatever is half-written is dead."""
         found = []
-        for path in self.directory.iterdir():
+        for path in filter(lambda path: _OURS.match(path.name), self.directory.iterdir()):
             if path.suffix == _TEMPORARY_SUFFIX:
                 path.unlink()
-            elif path.suffix == _SUFFIX:
+            else:
                 status = path.stat()
                 found.append((status.st_mtime_ns, status.st_size, path))
         held = sum(bytes_ for _, bytes_, _ in found)

@@ -126,7 +126,7 @@ def read(folder: Folder) -> DataManifest | LabelManifest:
         raw = folder.read_json(FILE)
     except FileNotFoundError:
         raise UserError(f"{place}: no such file: {folder} is not a finished store") from None
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"{place}: cannot be read as JSON ({error}): delete it to make the store again") from None
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{place}: is not the manifest of a {FORMAT}")

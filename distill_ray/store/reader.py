@@ -195,12 +195,11 @@ def check_twins(data: Store, labels: Store) -> None:
         )
     if labels.manifest.classes != data.manifest.classes:
         raise UserError(
-            f"{labels.folder}: has {labels.manifest.classes} classes, the data has {data.manifest.classes}: {_REMEDY}"
+            f"{labels.folder}: has {labels.manifest.classes} classes, the data {given} has {data.manifest.classes}: "
+            f"{_REMEDY}"
         )
     if labels.manifest.class_names != data.manifest.class_names:
-        raise UserError(
-            f"{labels.folder}: its classes have other names than those of the data, {data.folder}: {_REMEDY}"
-        )
+        raise UserError(f"{labels.folder}: its classes have other names than those of the data {given}: {_REMEDY}")
     if set(labels.manifest.splits) != set(data.manifest.splits):
         raise UserError(
             f"{labels.folder}: has the splits {', '.join(labels.manifest.splits)}, the data has "

@@ -139,8 +139,8 @@ def read(folder: Folder, record: ShardRecord, *, verify: bool, cache: ShardCache
     return _only_batch(buffer, place)
 
 
-def recover(folder: Folder, name: str, *, store: str) -> ShardRecord | None:
-    """The record of a shard that a killed writer left, None where the file is not whole or of another store.
+def recover(folder: Folder, name: str, *, store: str | None) -> ShardRecord | None:
+    """The record of a shard that was left, None where the file is not whole or not of ``store`` (None: of any).
 
     The name carries the checksum of the content and the content the store's digest, so a file proves by itself that it
     is complete and where it belongs.
@@ -156,7 +156,7 @@ def recover(folder: Folder, name: str, *, store: str) -> ShardRecord | None:
     column = batch.schema.get_field_index("row_id")
     if batch.num_rows == 0 or column < 0 or batch.schema.field(column).type != pa.int64():
         return None
-    if (batch.schema.metadata or {}).get(b"store") != store.encode():
+    if store is not None and (batch.schema.metadata or {}).get(b"store") != store.encode():
         return None
     record = _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
     return record if ids_fault(batch, record) is None else None

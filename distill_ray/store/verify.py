@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from distill_ray.artifacts import SUMMARY_FILE
 from distill_ray.console import Reporter
-from distill_ray.errors import UserError
+from distill_ray.errors import RunError, UserError
 from distill_ray.storage import Folder, impatience, reason_of
 from distill_ray.store import manifest as manifests
 from distill_ray.store import reader, shards
@@ -23,6 +24,7 @@ from distill_ray.store.manifest import SHARD_NAME, DataManifest, ShardRecord, St
 from distill_ray.store.reader import Store
 
 _ACCURACY_TOLERANCE = 0.01  # the store's precision may differ from the summary's fp32
+_ACCURACY_TOLERANCE_ROWS = 2  # of few rows, one is more than a point
 _REMAKE = "delete it and manifest.json, then run the stage again"
 _REMAKE_ALL = "delete this folder, then run the stage again"
 
@@ -120,6 +122,8 @@ class _Check:
             self._unread(record, str(error))
             return None
         except (OSError, pa.ArrowException) as error:
+            if not self.store.folder.is_local:  # it does not answer: that says nothing of the shard
+                raise RunError(f"{place}: cannot be read ({reason_of(error)}): try again later") from None
             self._unread(record, f"{place}: cannot be read ({reason_of(error)}): {_REMAKE}")
             return None
         wrong = shards.column_fault(batch, self.store.manifest)
@@ -231,7 +235,7 @@ class _Twins:
             yield f"{place}: {self.data.folder.name} has no shard {record.index} of split {record.split}: {_REMAKE}"
             return
         try:
-            rows = self.data.data_shard(twin, verify=False)  # mapped: only the ids and the labels are read
+            rows = self.data.data_shard(twin, verify=False)  # where it is mapped, only ids and labels are read
         except (UserError, OSError, pa.ArrowException, KeyError, ValueError) as error:
             yield f"{self.data.folder.location(twin.file)}: cannot be read: run verify on {self.data.folder} ({error})"
             return
@@ -254,16 +258,19 @@ class _Twins:
         said = None if summary is None else summary.get("accuracy")
         if summary is not None and summary.get("weights_sha256") != manifest.teacher_weights_sha256:
             reporter.warn(f"teacher-{manifest.teacher_digest} holds other weights than those that made these labels")
-        elif accuracy is not None and said is not None and abs(accuracy - said) > _ACCURACY_TOLERANCE:
-            reporter.warn(
-                f"{self.labels.folder}: the stored logits score {accuracy:.4f} on the test split, the teacher's "
-                f"summary.json says {said:.4f}: more than 1 point apart"
-            )
+        elif accuracy is not None and said is not None:
+            allowed = max(_ACCURACY_TOLERANCE, _ACCURACY_TOLERANCE_ROWS / self.counted)
+            if abs(accuracy - said) > allowed:
+                raise UserError(
+                    f"{self.labels.folder}: 1 fault; first: the stored logits score {accuracy:.4f} on the test split, "
+                    f"the teacher's summary.json says {said:.4f}: {_REMAKE_ALL}"
+                )
         return {
             "data": str(self.data.folder) if self.data else None, "data_digest": manifest.data_digest,
             "teacher": None if summary is None else str(teacher_folder(self.labels)),
             "teacher_digest": manifest.teacher_digest, "precision": manifest.precision, "accuracy": accuracy,
-            "summary_accuracy": said,
+            "summary_accuracy": said, "same_weights": summary is not None and summary.get("weights_sha256") ==
+            manifest.teacher_weights_sha256,
         }  # fmt: skip
 
 
@@ -278,11 +285,17 @@ def teacher_folder(labels: Store) -> Folder:
 
 
 def _teacher_summary(labels: Store) -> dict[str, Any] | None:
+    """The summary of the teacher beside the store, None where there is no such folder."""
+    place = teacher_folder(labels)
     try:
-        summary = teacher_folder(labels).read_json("summary.json")
-    except (OSError, ValueError):
+        summary = place.read_json(SUMMARY_FILE)
+    except FileNotFoundError:
         return None
-    return summary if isinstance(summary, dict) else None
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict):
+        raise UserError(f"{place.location(SUMMARY_FILE)}: is damaged: delete it, the command that made it mends it")
+    return summary
 
 
 def _sibling(folder: Folder, name: str) -> Folder:
