@@ -553,9 +553,9 @@ def test_the_page_states_the_numbers_of_the_code() -> None:
     text = " ".join(PAGE.split())
     for stated in (
         f"at most {shards.MAX_SHARD_BYTES >> 20} MiB", "are removed when they are older than an hour",
-        "leaves shards that are younger than a day", f"for up to {storage._PATIENCE_S:.0f} s;",
+        "on object stores only what is older than a day", f"for up to {storage._PATIENCE_S:.0f} s;",
         f"`cluster.cache_gib` ({ClusterConfig().cache_gib:g}; 0 keeps none)",
-        f"{replay.SAMPLE_ROWS} rows (`--sample ROWS`; 0 leaves it out) from up to {replay._SHARDS} shards",
+        f"{replay.SAMPLE_ROWS} rows (`--sample ROWS`; 0 leaves it out) from {replay._SHARDS} shards, more",
         f"`|stored| / {1 / replay._FLOAT16_ROUNDING:g} + (1 + range) / {1 / replay._FP32_SLACK:g}`",
         f"by {replay._REDUCED_SLACK:g} times `precision_check.max_abs_difference` more",
     ):  # fmt: skip
