@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from distill_ray.storage import Folder
 from distill_ray.store import ShardCache, open_store, read_split
 from tests.conftest import SmallRun
 from tests.harness import SMALL_RUN, distill_ray, stop_when, write_config
-from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.object_store import BUCKET, ObjectStore, object_store, proxy
 
 OUT = f"s3://{BUCKET}/team/runs"
 PREFIX = "team/runs/"
@@ -224,60 +222,22 @@ def test_a_folder_there_behaves_as_one_here(at_server: ObjectStore, tmp_path: Pa
             folder.buffer("b")
 
 
-class Outage:
-    """A door to the server that can be shut: connections are then refused."""
-
-    def __init__(self, server_port: int) -> None:
-        self._server_port = server_port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self.open()
-
-    def open(self) -> None:
-        if self._listener.fileno() < 0:
-            self._listener = socket.create_server(("127.0.0.1", self.port))
-        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
-
-    def shut(self) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = listener.accept()
-                server = socket.create_connection(("127.0.0.1", self._server_port))
-                for source, target in ((client, server), (server, client)):
-                    threading.Thread(target=_pump, args=(source, target), daemon=True).start()
-
-
-def _pump(source: socket.socket, target: socket.socket) -> None:
-    with suppress(OSError):
-        while chunk := source.recv(65536):
-            target.sendall(chunk)
-    for side in (source, target):
-        with suppress(OSError):
-            side.close()
-
-
 def test_an_outage_is_waited_for_and_told(
     server: ObjectStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    door = Outage(server.port)
-    for key, value in server.environment(door.port).items():
-        monkeypatch.setenv(key, value)
-    storage._remote.cache_clear()
-    folder = Folder.at(f"s3://{BUCKET}/outage")
-    folder.write_bytes("a", b"before")
-    door.shut()
-    storage._remote.cache_clear()  # and with it the connections that are still open
-    threading.Timer(8.0, door.open).start()
-    folder.write_bytes("b", b"after")
-    assert (folder.read_bytes("a"), folder.read_bytes("b")) == (b"before", b"after")
+    with proxy(server.port) as door:
+        for key, value in server.environment(door.port).items():
+            monkeypatch.setenv(key, value)
+        storage._remote.cache_clear()
+        folder = Folder.at(f"s3://{BUCKET}/outage")
+        folder.write_bytes("a", b"before")
+        door.mode = "refuse"
+        threading.Timer(8.0, lambda: setattr(door, "mode", "open")).start()
+        folder.write_bytes("b", b"after")
+        assert (folder.read_bytes("a"), folder.read_bytes("b")) == (b"before", b"after")
+        assert door.refused > 0
     (told,) = {record.getMessage().split(" (")[0] for record in caplog.records if record.name == "distill_ray.storage"}
     assert told == f"s3://{BUCKET}/outage: refused"
-    door.shut()
 
 
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch, server: ObjectStore) -> None:

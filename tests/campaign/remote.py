@@ -3,48 +3,54 @@
 from __future__ import annotations
 
 import random
-import selectors
-import socket
-import struct
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from typing import Literal
 
 from tests.campaign import ledger
 from tests.campaign.ground import Ground, Running, Tally, last_line
 from tests.harness import only
-from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.object_store import BUCKET, ObjectStore, Proxy, object_store, proxy
 
 _REFUSES_S = 20.0
 _LISTING_S = 0.2  # listings are the server's work too
-_CHUNK = 65536
+_REFUSALS: dict[Literal["refuse", "slow_down"], str] = {
+    "refuse": "S3 resets every connection",
+    "slow_down": "S3 answers 503 SlowDown to every request",
+}
 
 
 def refusals(ground: Ground, rng: random.Random, count: int) -> list[Tally]:
-    """All requests refused for 20 s from a random shard on: connections are reset, and new ones too."""
-    tally = Tally(f"S3 refuses every request for {_REFUSES_S:.0f} s")
-    with object_store() as server, _proxy(server.port) as proxy:
+    """All requests refused for 20 s from a random shard on: by resetting the connections, and by 503 SlowDown."""
+    tallies = []
+    with object_store() as server, proxy(server.port) as door:
         bucket = Bucket(server)
-        for number in range(count):
-            _refuse_a_while(tally, ground, bucket, proxy, f"refusals-{number}", rng.randint(2, ground.shards // 2))
-    return [tally]
+        for mode, fault in _REFUSALS.items():
+            tally = Tally(f"{fault} for {_REFUSES_S:.0f} s")
+            for number in range(count):
+                at_least = rng.randint(2, ground.shards // 2)
+                _refuse_a_while(tally, ground, bucket, door, mode, f"{mode}-{number}", at_least)
+            tallies.append(tally)
+    return tallies
 
 
-def _refuse_a_while(tally: Tally, ground: Ground, bucket: Bucket, proxy: Proxy, name: str, at_least: int) -> None:
+def _refuse_a_while(
+    tally: Tally, ground: Ground, bucket: Bucket, door: Proxy, mode: Literal["refuse", "slow_down"], name: str,
+    at_least: int,
+) -> None:  # fmt: skip
     bucket.upload(ground, name)
-    with bucket.label(ground, name, proxy.port) as command:
+    refused_before = door.refused
+    with bucket.label(ground, name, door.port) as command:
         reached = command.until(lambda: bucket.label_shards(name) >= at_least, every_s=_LISTING_S)
         before = bucket.label_shards(name)
-        proxy.refusing = True
+        door.mode = mode
         time.sleep(_REFUSES_S)
         during = bucket.label_shards(name) - before
-        proxy.refusing = False
+        door.mode = "open"
         done = command.wait()
     tally.injected += 1
     tally.expect(reached and before < ground.shards, "labelling was over before S3 refused")
     tally.expect(during <= 2, f"{during} shards were written while S3 refused")  # two were on their way already
-    tally.expect(proxy.refused > 0, "nothing was refused")
+    tally.expect(door.refused > refused_before, "nothing was refused")
     tally.expect(done.code == 0, f"exit {done.code}: {last_line(done)}")
     tally.add(bucket.count(ground, name))
     tally.say(f"exit {done.code} by itself: requests are made again")
@@ -101,61 +107,3 @@ class Bucket:
             (out / key).parent.mkdir(parents=True, exist_ok=True)
             self._client.download_file(BUCKET, key, str(out / key))
         return ledger.count(only(out, f"{name}/artifacts/labels-*"), ground.data, ground.reference)
-
-
-class Proxy:
-    """Hands TCP connections on to a port; while ``refusing``, resets those that are open and those that come."""
-
-    def __init__(self, to_port: int) -> None:
-        self.refusing, self.refused = False, 0
-        self._to_port, self._closed = to_port, False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def close(self) -> None:
-        """End all connections."""
-        self._closed = True
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", self.port), timeout=5).close()  # wakes the listener
-        for thread in self._threads:
-            thread.join()
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            client, _ = self._listener.accept()
-            thread = threading.Thread(target=self._serve, args=(client,))
-            self._threads.append(thread)
-            thread.start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with client, suppress(OSError):
-            if not self.refusing and not self._closed:
-                with socket.create_connection(("127.0.0.1", self._to_port)) as server:
-                    self._pump(client, server)
-            if self.refusing:
-                self.refused += 1
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
-
-    def _pump(self, client: socket.socket, server: socket.socket) -> None:
-        """Both directions until one side ends, or everything is refused."""
-        with selectors.DefaultSelector() as ready:
-            ready.register(client, selectors.EVENT_READ, server)
-            ready.register(server, selectors.EVENT_READ, client)
-            while not self.refusing and not self._closed:
-                for key, _ in ready.select(timeout=0.05):
-                    received = key.fileobj.recv(_CHUNK)  # type: ignore[union-attr]
-                    if not received:
-                        return
-                    key.data.sendall(received)
-
-
-@contextmanager
-def _proxy(to_port: int) -> Iterator[Proxy]:
-    proxy = Proxy(to_port)
-    try:
-        yield proxy
-    finally:
-        proxy.close()
