@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.common import Figure
+from tests.benchmarks import label, store
+from tests.benchmarks.common import Figure, Settings
 from tests.harness import RUN_TIMEOUT_S, environment
 
 KEYS = ["name", "ratio", "target", "met", "ours", "reference", "unit", "pairs"]
+SHARE_OF_A_ROW = 0.1  # of its bytes: what a row more may add to the memory
 AT_MOST = {"label.memory", "store.bytes", "store.memory", "store.open"}
 
 
@@ -50,6 +52,12 @@ def _agrees(row: dict[str, Any]) -> None:
         assert row["met"] is reached
 
 
+def _bytes_a_row(figure: dict[str, Any], rows: tuple[int, int]) -> float:
+    """What each row more added to the peak: beside the processes themselves even all rows could vanish in a ratio."""
+    large, small = rows
+    return float(median(peak - other for peak, other in figure["pairs"])) / (large - small)
+
+
 @pytest.mark.parametrize(
     ("pairs", "at_most", "met"),
     [
@@ -67,10 +75,12 @@ def test_a_figure_is_the_median_of_its_pairs_and_knows_which_way_is_good(
 
 
 def test_store_figures() -> None:
-    rows = _rows("store", "--pairs", "2", "--scale", "0.01")
+    settings = Settings(Path(), pairs=2, scale=0.01)
+    rows = _rows("store", "--pairs", str(settings.pairs), "--scale", str(settings.scale))
     assert set(rows) == {"store.read", "store.verified_read", "store.bytes", "store.memory", "store.open"}
     assert rows["store.bytes"]["met"]
     assert rows["store.memory"]["met"]
+    assert _bytes_a_row(rows["store.memory"], store.memory_rows(settings)) < SHARE_OF_A_ROW * store.PAYLOAD
     assert rows["store.verified_read"]["target"] is None
     assert [len(row["pairs"]) for row in rows.values()] == [2, 2, 1, 2, 2]
 
@@ -85,9 +95,11 @@ def test_label_figures_come_from_the_same_runs_of_the_command() -> None:
 
 @pytest.mark.slow
 def test_memory_of_labelling_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    rows = _rows("label.memory", "--pairs", "1", "--scale", "0.125", "--out", str(tmp_path))
-    assert rows["label.memory"]["unit"] == "bytes"
-    assert rows["label.memory"]["reference"] > 100e6  # at least two processes with torch in them
+    figure = _rows("label.memory", "--pairs", "1", "--out", str(tmp_path))["label.memory"]
+    assert figure["unit"] == "bytes"
+    assert figure["reference"] > 100e6  # at least two processes with torch in them
+    assert figure["met"]
+    assert _bytes_a_row(figure, label.memory_rows(Settings(tmp_path))) < SHARE_OF_A_ROW * label.PAYLOAD
     assert (tmp_path / "memory-large").is_dir()  # a folder that was asked for stays
 
 
