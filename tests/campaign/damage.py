@@ -15,29 +15,40 @@ import pyarrow as pa
 from distill_ray.console import Reporter
 from distill_ray.errors import UserError
 from distill_ray.storage import Folder
-from distill_ray.store import ShardRecord, Store, open_store, read_split, shards
+from distill_ray.store import ShardRecord, SplitArrays, Store, open_store, read_shards, shards
 from distill_ray.store import manifest as manifests
 from distill_ray.store.verify import verify
+from tests.campaign import ledger
 from tests.campaign.ground import Ground, Tally, Trail, last_line
 from tests.harness import only
 
 _FOREIGN_DIGEST = "f0" * 8
+_LABEL_FLIPS_A_DATA_FLIP = 5
 
 
 def flips(ground: Ground, rng: random.Random, count: int) -> list[Tally]:
-    """One byte, anywhere in the file, in each of ``count`` different shards, one at a time."""
-    tally = Tally("one byte of a label shard flipped")
-    store = _copied_store(ground, "flips")
-    records = store.manifest.shards
-    tally.expect(len(records) >= count, f"the store has only {len(records)} shards")
-    for record in rng.sample(records, min(count, len(records))):
-        path = store.folder.path / record.file
-        raw = bytearray(path.read_bytes())
-        with _restored(path):
-            raw[rng.randrange(len(raw))] ^= rng.randrange(1, 256)
-            path.write_bytes(raw)
-            _must_refuse(tally, ground, store.folder, record, record.file)
-    return [tally]
+    """One byte, anywhere in the file, one shard at a time: ``count`` label shards, and some data shards."""
+    out = ground.copy("flips", labels=True)
+    tallies = []
+    for kind, flipped in (("label", count), ("data", max(1, count // _LABEL_FLIPS_A_DATA_FLIP))):
+        tally = Tally(f"one byte of a {kind} shard flipped")
+        store = open_store(str(only(out, f"artifacts/{'labels' if kind == 'label' else 'data'}-*")))
+        records = store.manifest.shards
+        tally.expect(len(records) >= flipped, f"the store has only {len(records)} shards")
+        for record in rng.sample(records, min(flipped, len(records))):
+            path = store.folder.path / record.file
+            with _restored(path):
+                _flip(path, rng)
+                _must_refuse(tally, ground, store.folder, record.file)
+        tallies.append(tally)
+    return tallies
+
+
+def _flip(path: Path, rng: random.Random) -> None:
+    """Change one byte and nothing else."""
+    raw = bytearray(path.read_bytes())
+    raw[rng.randrange(len(raw))] ^= rng.randrange(1, 256)
+    path.write_bytes(raw)
 
 
 def flip_before_a_student(ground: Ground, rng: random.Random, count: int) -> list[Tally]:
@@ -46,16 +57,13 @@ def flip_before_a_student(ground: Ground, rng: random.Random, count: int) -> lis
     for number in range(count):
         out = ground.copy(f"student-{number}", labels=True)
         record = rng.choice(open_store(Folder(str(only(out, "artifacts/labels-*")))).manifest.splits["train"].shards)
-        path = only(out, f"artifacts/labels-*/{record.file}")
-        raw = bytearray(path.read_bytes())
-        raw[rng.randrange(len(raw))] ^= rng.randrange(1, 256)
-        path.write_bytes(raw)
+        _flip(only(out, f"artifacts/labels-*/{record.file}"), rng)
         done = ground.run("student", out)
         tally.injected += 1
         tally.expect(done.code == 2, f"exit {done.code} instead of 2: {last_line(done)}")
         tally.expect(record.file in last_line(done), f"does not name {record.file}: {last_line(done)}")
         trained = list(out.glob("artifacts/student-*/metrics.jsonl"))
-        tally.lost += record.rows if trained else 0
+        tally.expect(not trained, "an epoch was trained on it")
         tally.say(f"exit {done.code}: {last_line(done).replace(record.file, '<shard>')}")
     return [tally]
 
@@ -72,7 +80,7 @@ def broken_shards(ground: Ground, rng: random.Random, count: int) -> list[Tally]
             manifest = store.folder.path / manifests.FILE
             with _restored(path), _restored(manifest):
                 named = damage(rng, store, foreign, record)
-                _must_refuse(tally, ground, store.folder, record, named)
+                _must_refuse(tally, ground, store.folder, named)
                 if named != record.file:
                     (store.folder.path / named).unlink()
     return tallies
@@ -186,20 +194,19 @@ def broken_manifests(ground: Ground, rng: random.Random, count: int) -> list[Tal
     path = store.folder.path / manifests.FILE
     raw = path.read_bytes().rstrip()
     cut, gone, other = (Tally(f"the manifest {what}") for what in ("cut", "deleted", "of another store"))
-    record = store.manifest.shards[0]
     for share in (0.5, *(rng.random() for _ in range(count - 1))):
         with _restored(path):
             path.write_bytes(raw[: int(share * len(raw))])
-            _must_refuse(cut, ground, store.folder, record, manifests.FILE)
+            _must_refuse(cut, ground, store.folder, manifests.FILE)
     with _restored(path):
         path.write_bytes(raw[: len(raw) // 2])
         _verify_command(cut, ground, store.folder.path, manifests.FILE)
     with _restored(path):
         path.unlink()
-        _must_refuse(gone, ground, store.folder, record, manifests.FILE)
+        _must_refuse(gone, ground, store.folder, manifests.FILE)
     with _restored(path):
         shutil.copyfile(foreign.folder.path / manifests.FILE, path)
-        _must_refuse(other, ground, store.folder, record, ".arrow: missing shard")
+        _must_refuse(other, ground, store.folder, ".arrow: missing shard")
     return [cut, gone, other]
 
 
@@ -229,18 +236,42 @@ def _verify_command(tally: Tally, ground: Ground, store: Path, named: str) -> No
     tally.say(f"`distill-ray verify` exits {done.code} naming {named}")
 
 
-def _must_refuse(tally: Tally, ground: Ground, folder: Folder, record: ShardRecord, named: str) -> None:
-    """Before a batch reaches a student: what reads for training refuses, and so does verify, both naming the file."""
+def _must_refuse(tally: Tally, ground: Ground, damaged: Folder, named: str) -> None:
+    """Before a batch reaches a student: what reads for training refuses, and so does verify, both naming the file.
+
+    What the reader took before it refused is compared with the undisturbed run, row by row.
+    """
     tally.injected += 1
-    split = record.split
-    reading = _refusal(lambda: read_split(open_store(str(ground.data)), split, open_store(folder)))
-    verifying = _refusal(lambda: verify(folder, Reporter(quiet=True)))
+    is_data = damaged.name.startswith("data-")
+    taken, reading = _taken(damaged.path.parent, is_data)
+    verifying = _refusal(lambda: verify(damaged, Reporter(quiet=True)))
     tally.expect(named in reading, f"the reader does not name {named}: {reading or 'it takes the store'}")
     tally.expect(named in verifying, f"verify does not name {named}: {verifying or 'no fault found'}")
-    if not reading:
-        tally.lost += record.rows
+    reference = ground.data_reference if is_data else ground.reference
+    tally.add(ledger.accepted(taken, reference, refused=bool(reading)))
     if reading and verifying:
         tally.say("the reader and verify refuse it, naming the file")
+
+
+def _taken(artifacts: Path, is_data: bool) -> tuple[list[tuple[int, bytes]], str]:
+    """The rows that a reader of the data and label store there takes before it refuses, and what it then says."""
+    taken: list[tuple[int, bytes]] = []
+
+    def read_all() -> None:
+        data, labels = (open_store(str(only(artifacts, f"{kind}-*"))) for kind in ("data", "labels"))
+        for split in labels.manifest.splits:
+            for part in read_shards(data, split, labels):
+                taken.extend(_rows(part, is_data))
+
+    refusal = _refusal(read_all)
+    return taken, refusal
+
+
+def _rows(part: SplitArrays, is_data: bool) -> Iterator[tuple[int, bytes]]:
+    """By row id, what the ledger compares: input and label, or logits."""
+    assert part.logits is not None
+    for row, at, label, logits in zip(part.row_ids, part.inputs, part.labels, part.logits, strict=True):
+        yield int(row), at.tobytes() + label.tobytes() if is_data else logits.tobytes()
 
 
 def _refusal(work: Callable[[], object]) -> str:

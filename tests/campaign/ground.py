@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,13 @@ from tests.harness import COMMAND, RUN_TIMEOUT_S, SMALL_RUN, Finished, environme
 POLL_S = 0.005
 ROOT = Path(__file__).parents[2]
 # The whole campaign's teacher is wide (8 ms a row on one thread) so that kills land inside a shard too, and trains on
-# few rows, which costs little.
+# few rows, which costs little; gently, so that it tells the rows apart afterwards (see Ground.reference).
 WHOLE_RUN: dict[str, Any] = SMALL_RUN | {
     "name": "campaign",
     "data": {"source": "glyph62", "rows": 1860, "shard_rows": 16, "split": {"fractions": [0.2, 0.1, 0.7]}},
     "teacher": {
-        "model": {"name": "char_cnn", "channels": [256, 256, 64], "hidden": [16]},
-        "train": {"epochs": 1, "batch_size": 64, "precision": "auto", "lr": 0.001},
+        "model": {"name": "char_cnn", "channels": [256, 256, 64], "hidden": [64]},
+        "train": {"epochs": 1, "batch_size": 64, "precision": "auto", "lr": 0.0003},
     },
 }
 
@@ -62,6 +62,7 @@ class Tally:
     injected: int = 0
     lost: int = 0
     doubled: int = 0
+    counted: bool = False  # whether lost and doubled were counted by the ledger
     said: dict[str, int] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     skipped: str = ""  # why the fault could not be made here
@@ -77,8 +78,14 @@ class Tally:
 
     def add(self, counted: ledger.Count) -> None:
         """Rows that are not what they were in the undisturbed run."""
+        self.counted = True
         self.lost += counted.lost
         self.doubled += counted.doubled
+
+    @property
+    def numbers(self) -> tuple[str, str]:
+        """Rows lost and doubled as the table shows them: a dash where nothing was counted."""
+        return (str(self.lost), str(self.doubled)) if self.counted else ("-", "-")
 
     @property
     def failures(self) -> list[str]:
@@ -102,6 +109,7 @@ def merged(tallies: Sequence[Tally]) -> list[Tally]:
         row.injected += tally.injected
         row.lost += tally.lost
         row.doubled += tally.doubled
+        row.counted |= tally.counted
         row.problems += tally.problems
         for text, times in tally.said.items():
             row.said[text] = row.said.get(text, 0) + times
@@ -116,6 +124,7 @@ class Ground:
     out: Path
     work: Path
     ray: Path  # Ray's sockets and logs; their paths may not be long
+    leftovers: ExitStack = field(default_factory=ExitStack)  # what killed commands left running; closed after a case
 
     @property
     def labels(self) -> Path:
@@ -129,8 +138,16 @@ class Ground:
 
     @cached_property
     def reference(self) -> ledger.Rows:
-        """The undisturbed run's logits by row id."""
-        return ledger.rows_of(self.labels)
+        """The undisturbed run's logits by row id, no two alike: otherwise a row could stand for another."""
+        rows = ledger.rows_of(self.labels)
+        if len(set(rows.values())) < len(rows):
+            raise RuntimeError("the undisturbed run's teacher gives several rows the same logits")
+        return rows
+
+    @cached_property
+    def data_reference(self) -> ledger.Rows:
+        """The undisturbed run's inputs and labels by row id."""
+        return ledger.rows_of(self.data)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -271,8 +288,12 @@ class Trail:
     _sound: set[tuple[str, int]] = field(default_factory=set)  # files whose content has been seen to be right
 
     def label(self) -> Running:
-        """The same command once more."""
+        """The same command once more; nothing of it outlives the block."""
         return self.ground.start("label", self.out)
+
+    def label_to_be_killed(self) -> Running:
+        """The same command once more; what outlives its end is left alone until the case is over, as users leave it."""
+        return self.ground.leftovers.enter_context(self.label())
 
     def suffer(self, tally: Tally) -> Tally:
         """The next fault of this store."""

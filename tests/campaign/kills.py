@@ -11,28 +11,31 @@ from contextlib import suppress
 from tests.campaign.ground import POLL_S, Ground, Running, Tally, Trail, is_committed, last_line
 
 _ACTOR = "MapWorker"  # in the title of Ray Data's actors
-_BETWEEN_ACTORS_S = (1.5, 4.0)
+_BETWEEN_ACTORS_S = (0.2, 1.0)
+_LEAST_ACTORS, _MOST_COMMANDS = 5, 3  # fewer kills prove little; a fast machine needs more than one command for them
 _FIRST_SHARDS = 4  # something has to be there that a later fault can spoil
 _SETTLE_S = 3.0  # for what the workers already hold while the driver is frozen
 
 
 def actors(ground: Ground, rng: random.Random, count: int) -> list[Tally]:
-    """A random labelling actor every few seconds, at most ``count`` in a command, until the command ends."""
-    tally = Tally("a labelling actor killed, every few seconds")
-    trail = Trail(ground, ground.copy("actors", labels=False), [tally])
-    with trail.label() as command:
-        while tally.injected < count and _kill_an_actor(command, trail, rng):
-            tally.injected += 1
-            pause = time.monotonic() + rng.uniform(*_BETWEEN_ACTORS_S)
-            command.until(lambda until=pause: time.monotonic() >= until)  # type: ignore[misc]
-        done = command.wait()
-    tally.expect(done.code in (0, 1), f"exit {done.code}: {last_line(done)}")
-    if done.code == 0:
+    """A random labelling actor again and again, at most ``count`` in a command, until the command ends."""
+    tally, least = Tally("a labelling actor killed, again and again"), min(count, _LEAST_ACTORS)
+    for number in range(_MOST_COMMANDS):
+        trail = Trail(ground, ground.copy(f"actors-{number}", labels=False), [tally])
+        with trail.label() as command:
+            for _ in range(count):
+                if not _kill_an_actor(command, trail, rng):
+                    break
+                tally.injected += 1
+                pause = time.monotonic() + rng.uniform(*_BETWEEN_ACTORS_S)
+                command.until(lambda until=pause: time.monotonic() >= until)  # type: ignore[misc]
+            done = command.wait()
+        tally.expect(done.code == 0, f"exit {done.code}: {last_line(done)}")
         tally.say("exit 0 by itself: Ray starts the actor again")
         tally.add(ground.count(trail.out))
-    else:
-        tally.say(f"exit {done.code}: {last_line(done)}; the same command finished it")
-        trail.finish()
+        if tally.injected >= least:
+            break
+    tally.expect(tally.injected >= least, f"{tally.injected} actors were killed, at least {least} were to be")
     return [tally]
 
 
@@ -51,19 +54,26 @@ def _kill_an_actor(command: Running, trail: Trail, rng: random.Random) -> bool:
 
 
 def kill_the_driver(trail: Trail, rng: random.Random, count: int, stop_at: int) -> None:
-    """The command and its process group at points that are uniform over labelling, up to its shard ``stop_at``."""
-    tally = trail.suffer(Tally("the command's process group killed in labelling"))
+    """The command and its process group at points that are uniform over labelling, up to its shard ``stop_at``.
+
+    As users meet it: the next command starts while the actors of the killed one may still write.
+    """
+    tally, outlived = trail.suffer(Tally("the command's process group killed in labelling")), 0
     for point in sorted(rng.uniform(_FIRST_SHARDS, stop_at) for _ in range(count)):
         at_least = max(int(point), len(trail.whole()) + 1)
-        with trail.label() as command:
-            reached = command.until(lambda n=at_least: len(trail.whole()) >= n)  # type: ignore[misc]
-            time.sleep((point % 1) * trail.ground.seconds_per_shard)
-            trail.note()
-            command.kill_group()
-            done = command.wait()
+        command = trail.label_to_be_killed()
+        reached = command.until(lambda n=at_least: len(trail.whole()) >= n)  # type: ignore[misc]
+        time.sleep((point % 1) * trail.ground.seconds_per_shard)
+        trail.note()
+        command.kill_group()
+        done = command.wait()
+        outlived += len(command.processes(_ACTOR))
         tally.expect(reached and done.code == -signal.SIGKILL, f"ended before it could be killed: exit {done.code}")
         tally.injected += 1
-    tally.say("the shell says Killed; the same command continues with the shards that are there")
+    tally.say(
+        f"the shell says Killed ({outlived} actors outlived it a little); the same command continues with the shards "
+        "that are there"
+    )
 
 
 def kill_before_the_commit(trail: Trail) -> None:
@@ -73,13 +83,13 @@ def kill_before_the_commit(trail: Trail) -> None:
     """
     tally = trail.suffer(Tally("killed between the last shard and the manifest"))
     planned = trail.ground.shards
-    with trail.label() as command:
-        if command.until(lambda: len(trail.whole()) >= planned - 1):
-            _freeze_until(command, trail, planned)
-        trail.note()
-        committed = is_committed(trail.out)
-        command.kill_group()
-        done = command.wait()
+    command = trail.label_to_be_killed()
+    if command.until(lambda: len(trail.whole()) >= planned - 1):
+        _freeze_until(command, trail, planned)
+    trail.note()
+    committed = is_committed(trail.out)
+    command.kill_group()
+    done = command.wait()
     missed = f"{len(trail.written)} of {planned} shards, manifest {'there' if committed else 'absent'}"
     tally.expect(len(trail.written) == planned and not committed and done.code == -signal.SIGKILL, missed)
     tally.injected += 1

@@ -66,7 +66,7 @@ CASES = (
     Case(damage.broken_manifests, whole=10, short=3, bound_s=120),
     Case(damage.manifests_made_again, whole=2, short=0, bound_s=240),
     Case(limits.broken_teachers, whole=2, short=1, bound_s=240),
-    Case(remote.refusals, whole=1, short=0, bound_s=400),
+    Case(remote.refusals, whole=1, short=0, bound_s=600),
     Case(remote.two_writers, whole=1, short=0, bound_s=300),
 )
 
@@ -93,6 +93,8 @@ def _bounded_case(case: Case, ground: Ground, seed: int, count: int) -> list[Tal
     except Exception as error:
         traceback.print_exc()
         failed.problems.append(f"{type(error).__name__}: {error}")
+    finally:
+        ground.leftovers.close()
     failed.say("the case itself broke off")
     return [failed]
 
@@ -115,7 +117,7 @@ def show(tallies: Sequence[Tally], seed: int) -> None:
     for tally in tallies:
         said = [f"{text} (x{times})" if times > 1 else text for text, times in tally.said.items()]
         wrong = [f"[red]FAILED: {escape(problem)}[/red]" for problem in dict.fromkeys(tally.problems)]
-        numbers = (f"[red]{n}[/red]" if n else "0" for n in (tally.lost, tally.doubled))
+        numbers = (f"[red]{n}[/red]" if n not in ("0", "-") else n for n in tally.numbers)
         table.add_row(tally.fault, str(tally.injected), *numbers, "\n".join([*map(escape, said), *wrong]))
     console.print(table)
 
