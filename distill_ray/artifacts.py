@@ -73,6 +73,19 @@ def digest_of(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGEST_CHARS]
 
 
+def best_epoch(history: History) -> int:
+    """The epoch of the best validation accuracy, the earliest of equals."""
+    accuracies = [row["validation_accuracy"] for row in history]
+    return 1 + accuracies.index(max(accuracies))
+
+
+def is_over(history: History, epochs: int, patience_epochs: int | None) -> bool:
+    """Whether a training has nothing left to do: the last epoch is done, or the accuracy has long stopped rising."""
+    if len(history) >= epochs:
+        return True
+    return patience_epochs is not None and bool(history) and len(history) - best_epoch(history) >= patience_epochs
+
+
 @contextmanager
 def exclusive(target: Stage, on_wait: Callable[[str], None]) -> Iterator[None]:
     """Hold the stage folder for this process; a second run waits for the first and then finds it finished.

@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: one safetensors file an epoch, named by its own checksum.
+"""Checkpoints of a training run: safetensors files named by position and by their own checksum.
 
 A file whose content does not match its name is not whole, whatever killed its writer, and is passed over. Kept are the
-last two, and the best as of each of them. Nothing is pickled: the optimizer's tensors lie beside the weights, the rest
-is JSON in the header.
+last two epochs, the best as of each of them, and the last two within the present epoch. Nothing is pickled: the
+optimizer's tensors lie beside the weights, the rest is JSON in the header.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,34 +18,50 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from distill_ray.artifacts import History
+from distill_ray.artifacts import History, best_epoch
 from distill_ray.storage import Folder
 
-_NAME = re.compile(r"^epoch-(?P<epoch>\d{5})-(?P<checksum>[0-9a-f]{16})\.safetensors$")
-_MODEL, _OPTIMIZER, _HEADER = "model.", "optimizer.", "distill_ray"
+_NAME = re.compile(r"^epoch-(?P<epoch>\d{5})(-steps-(?P<steps>\d{9}))?-(?P<checksum>[0-9a-f]{16})\.safetensors$")
+_MODEL, _AVERAGE, _OPTIMIZER, _HEADER = "model.", "average.", "optimizer.", "distill_ray"
+_Position = tuple[int, int]  # whole epochs, and steps of the next
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """How far an epoch is: its ``steps`` done, the ``sums`` of its loss terms over their rows, and the ``seconds``."""
+
+    steps: int
+    sums: list[float]
+    labelled: int
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state after ``epoch`` whole epochs."""
+    """The state after ``epoch`` whole epochs, and ``unfinished`` of the next.
+
+    ``average`` is the moving average of the weights, where there is one; ``model`` is what the optimizer works on.
+    """
 
     epoch: int
     model: dict[str, torch.Tensor]
+    average: dict[str, torch.Tensor] | None
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     history: History
     best_epoch: int
+    unfinished: Unfinished | None = None
 
-
-def best_epoch(history: History) -> int:
-    """The epoch of the best validation accuracy, the earliest of equals."""
-    accuracies = [row["validation_accuracy"] for row in history]
-    return 1 + accuracies.index(max(accuracies))
+    @property
+    def position(self) -> _Position:
+        """For comparing: later is larger."""
+        return self.epoch, self.unfinished.steps if self.unfinished is not None else 0
 
 
 def save(folder: Folder, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint, then drop those that are neither among the last two nor the best."""
+    """Write the checkpoint, then drop those that are of no use any more."""
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in checkpoint.model.items()}
+    tensors |= {f"{_AVERAGE}{name}": tensor for name, tensor in (checkpoint.average or {}).items()}
     plain: dict[str, dict[str, Any]] = {}
     for index, state in checkpoint.optimizer["state"].items():
         for name, value in state.items():
@@ -56,27 +72,40 @@ def save(folder: Folder, checkpoint: Checkpoint) -> None:
     header = {
         "epoch": checkpoint.epoch, "history": checkpoint.history, "best_epoch": checkpoint.best_epoch,
         "param_groups": checkpoint.optimizer["param_groups"], "optimizer_plain": plain, "scaler": checkpoint.scaler,
+        "unfinished": None if checkpoint.unfinished is None else asdict(checkpoint.unfinished),
     }  # fmt: skip
     # A copy: safetensors wants contiguous memory of its own, channels_last weights are not contiguous.
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     data = save_tensors(owned, metadata={_HEADER: json.dumps(header)})
     checksum = hashlib.sha256(data).hexdigest()[:16]
-    folder.write_bytes(f"epoch-{checkpoint.epoch:05d}-{checksum}.safetensors", data)
+    within = "" if checkpoint.unfinished is None else f"-steps-{checkpoint.unfinished.steps:09d}"
+    folder.write_bytes(f"epoch-{checkpoint.epoch:05d}{within}-{checksum}.safetensors", data)
     _drop_old(folder, checkpoint)
 
 
 def latest(folder: Folder) -> Checkpoint | None:
     """The newest checkpoint that is whole and whose best epoch is whole too; None where there is none."""
-    for epoch in sorted(_epochs(folder), reverse=True):
-        checkpoint = at(folder, epoch)
-        if checkpoint is not None and (checkpoint.best_epoch == epoch or at(folder, checkpoint.best_epoch) is not None):
+    found = _found(folder)
+    for position in sorted(found, reverse=True):
+        checkpoint = _whole(folder, found[position])
+        if checkpoint is not None and _has_its_best(folder, checkpoint):
             return checkpoint
     return None
 
 
 def at(folder: Folder, epoch: int) -> Checkpoint | None:
-    """The whole checkpoint of an epoch, None where there is none."""
-    for name in _epochs(folder).get(epoch, []):
+    """The whole checkpoint of an epoch's end, None where there is none."""
+    return _whole(folder, _found(folder).get((epoch, 0), []))
+
+
+def _has_its_best(folder: Folder, checkpoint: Checkpoint) -> bool:
+    if checkpoint.best_epoch in (0, checkpoint.position[0]) and checkpoint.unfinished is None:
+        return True
+    return checkpoint.best_epoch == 0 or at(folder, checkpoint.best_epoch) is not None
+
+
+def _whole(folder: Folder, names: list[str]) -> Checkpoint | None:
+    for name in names:
         try:
             data = folder.read_bytes(name)
         except FileNotFoundError:  # another run, which sees no lock of this one, has dropped it
@@ -94,30 +123,40 @@ def _decode(data: bytes) -> Checkpoint:
     header_size = int.from_bytes(data[:8], "little")  # safetensors format: u64 header length, JSON header, tensors
     header = json.loads(json.loads(data[8 : 8 + header_size])["__metadata__"][_HEADER])
     model: dict[str, torch.Tensor] = {}
+    average: dict[str, torch.Tensor] = {}
     state: dict[int, dict[str, Any]] = {int(index): dict(values) for index, values in header["optimizer_plain"].items()}
     for name, tensor in load_tensors(data).items():
         if name.startswith(_MODEL):
             model[name.removeprefix(_MODEL)] = tensor
+        elif name.startswith(_AVERAGE):
+            average[name.removeprefix(_AVERAGE)] = tensor
         else:
             index, _, key = name.removeprefix(_OPTIMIZER).partition(".")
             state.setdefault(int(index), {})[key] = tensor
     optimizer = {"state": state, "param_groups": header["param_groups"]}
-    return Checkpoint(header["epoch"], model, optimizer, header["scaler"], header["history"], header["best_epoch"])
+    unfinished = header.get("unfinished")
+    return Checkpoint(
+        header["epoch"], model, average or None, optimizer, header["scaler"], header["history"], header["best_epoch"],
+        None if unfinished is None else Unfinished(**unfinished),
+    )  # fmt: skip
 
 
-def _epochs(folder: Folder) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
+def _found(folder: Folder) -> dict[_Position, list[str]]:
+    found: dict[_Position, list[str]] = {}
     for name in folder.names():
         if match := _NAME.match(name):
-            found.setdefault(int(match["epoch"]), []).append(name)
+            found.setdefault((int(match["epoch"]), int(match["steps"] or 0)), []).append(name)
     return found
 
 
 def _drop_old(folder: Folder, newest: Checkpoint) -> None:
     # The previous checkpoint is only of use with its own best epoch, which may not be the newest's.
     before = newest.history[:-1]
-    keep = {newest.epoch, newest.epoch - 1, newest.best_epoch, best_epoch(before) if before else 0}
-    for epoch, names in _epochs(folder).items():
-        if epoch not in keep and epoch < newest.epoch:  # later ones are another writer's
+    epochs = {newest.epoch, newest.epoch - 1, newest.best_epoch, best_epoch(before) if before else 0}
+    found = _found(folder)
+    within = sorted(position for position in found if position[1] and position <= newest.position)
+    keep = {(epoch, 0) for epoch in epochs} | (set(within[-2:]) if newest.unfinished is not None else set())
+    for position, names in found.items():
+        if position not in keep and position < newest.position:  # later ones are another writer's
             for name in names:
                 folder.delete(name)

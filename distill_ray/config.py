@@ -175,14 +175,39 @@ class TrainConfig(Section):
     lr: float = setting(1e-3, gt=0)
     weight_decay: float = setting(0.01, ge=0)
     momentum: float = setting(0.9, ge=0, lt=1)
-    schedule: Literal["cosine", "constant"] = setting("cosine")
+    schedule: Literal["cosine", "constant", "step"] = setting("cosine")
     warmup_epochs: float = setting(0.0, ge=0)
     precision: PrecisionName = setting("auto")
+    # Of the schedule step: after each of these epochs the learning rate is multiplied by the factor.
+    step_epochs: tuple[Annotated[int, Field(ge=1)], ...] = setting((), digest="not_at_default")
+    step_factor: float = setting(0.1, digest="not_at_default", gt=0, lt=1)
+    # A global batch is computed in so many parts, one after another, where it does not fit in memory at once.
+    accumulate: int = setting(1, digest="not_at_default", ge=1)
+    clip_norm: float | None = setting(None, digest="not_at_default", gt=0)
+    # Exponential moving average of the weights, updated every step; it is what is validated and kept.
+    ema_decay: float | None = setting(None, digest="not_at_default", gt=0, lt=1)
+    # Stop when the validation accuracy has not risen for so many epochs.
+    early_stop_epochs: int | None = setting(None, digest="not_at_default", ge=1)
+    compile: Literal["none", "default", "max-autotune"] = setting("none", digest="not_at_default")
+    # whole: all rows in memory, in one permutation. window: shards in random order, so many of them at a time in memory
+    # as hold window_rows rows, and those permuted. auto: whole where the rows fit.
+    shuffle: Literal["auto", "whole", "window"] = setting("auto", digest="not_at_default")
+    window_rows: int = setting(65_536, digest="not_at_default", ge=1)
+    # Within an epoch, too: what a fault costs at most. Without it, an epoch.
+    checkpoint_every_s: float | None = setting(None, digest="never", gt=0)
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> TrainConfig:
+    def _schedule_makes_sense(self) -> TrainConfig:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs {self.warmup_epochs:g} leaves nothing of the {self.epochs} epochs")
+        if (self.schedule == "step") != bool(self.step_epochs):
+            raise ValueError("schedule step and step_epochs go together: give both or neither")
+        if self.step_epochs and (list(self.step_epochs) != sorted(set(self.step_epochs))):
+            raise ValueError(f"step_epochs must ascend, got {list(self.step_epochs)}")
+        if self.step_epochs and self.step_epochs[-1] >= self.epochs:
+            raise ValueError(f"step_epochs {self.step_epochs[-1]} is not within the {self.epochs} epochs")
+        if self.accumulate > self.batch_size:
+            raise ValueError(f"accumulate {self.accumulate} parts of a batch of {self.batch_size} rows")
         return self
 
 
@@ -305,16 +330,27 @@ class TrackingConfig(Section):
     wandb: WandbConfig = setting(WandbConfig())
 
 
+_Workers: TypeAlias = Annotated[int, Field(ge=1)]
+
+
 class ClusterConfig(Section):
     """Where Ray runs and what each worker gets. ``auto`` is resolved from what the cluster has."""
 
     address: str = setting("auto", min_length=1)
-    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = setting("auto")
+    # Of a data-parallel model: a number, or [min, max]: as many as the cluster has room for, while it trains, too.
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[_Workers, _Workers] = setting("auto")
     cpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=1)] = setting("auto")
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = setting("auto")
     # Where each node keeps copies of the shards of remote stores, and how much at most; 0 keeps none.
     cache_dir: str = setting("auto", digest="never", min_length=1)
     cache_gib: float = setting(20.0, digest="never", ge=0)
+
+    @field_validator("workers")
+    @classmethod
+    def _ascends(cls, value: Any) -> Any:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[min, max] must ascend, got {list(value)}")
+        return value
 
 
 class Config(Section):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from statistics import median
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,12 +81,20 @@ class ValidationMetrics:
 
 
 def evaluate(
-    model: nn.Module, rows: SplitArrays, batch_size: int, precision: str, device: torch.device
+    model: nn.Module, parts: Iterable[SplitArrays], batch_size: int, precision: str, device: torch.device
 ) -> dict[str, float | None]:
-    """``quality`` of ``model`` on a split; against the split's stored teacher logits where it has them."""
-    logits = logits_of(model, torch.from_numpy(rows.inputs), batch_size, precision, device)
-    teacher = None if rows.logits is None else torch.from_numpy(rows.logits)
-    return quality(logits, torch.from_numpy(rows.labels), teacher)
+    """``quality`` of ``model`` on a split that comes in parts; against its stored teacher logits where it has them.
+
+    The inputs of one part are in memory at a time; logits and labels of all rows are.
+    """
+    logits, labels, teacher = [], [], []
+    for part in parts:
+        inputs = torch.from_numpy(np.require(part.inputs, requirements="W"))  # a copy where it is mapped read-only
+        logits.append(logits_of(model, inputs, batch_size, precision, device))
+        labels.append(torch.from_numpy(np.array(part.labels)))
+        if part.logits is not None:
+            teacher.append(torch.from_numpy(np.array(part.logits)))
+    return quality(torch.cat(logits), torch.cat(labels), torch.cat(teacher) if teacher else None)
 
 
 @torch.inference_mode()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distill_ray.config import ClusterConfig, Config
 from distill_ray.errors import UserError
@@ -14,19 +15,26 @@ _ROUNDING = 1e-9  # 1 // 0.1 is 9.0 in floating point
 
 @dataclass(frozen=True)
 class Node:
-    """What one live node offers."""
+    """What one live node offers; ``memory_bytes`` as Ray counts it, without its object store."""
 
     cpus: float
     gpus: float
+    memory_bytes: float = math.inf
 
 
 @dataclass(frozen=True)
 class Placement:
-    """``workers`` processes, each with so many CPUs (its threads) and GPUs."""
+    """``workers`` processes, each with so many CPUs (its threads) and GPUs.
+
+    ``room_bytes`` is the memory that each can count on where its node is full of such workers. ``most_workers`` is 0,
+    or how many there may become while the work runs.
+    """
 
     workers: int
     cpus: int
     gpus: float
+    room_bytes: float = math.inf
+    most_workers: int = 0
 
     def resources(self) -> dict[str, float]:
         """As Ray's schedulers want it."""
@@ -59,13 +67,14 @@ def training(cluster: ClusterConfig, nodes: Sequence[Node]) -> Placement:
     """
     gpus = 1.0 if 0 < (asked := _gpus_per_worker(cluster, nodes)) < 1 else asked
     usable = [node for node in nodes if node.cpus >= 1 and node.gpus >= gpus]
-    if cluster.workers != "auto":
-        workers = cluster.workers
-    else:
-        workers = _fits(usable, Placement(1, 1, gpus)) if gpus else len(usable)
-    workers = max(1, workers)
-    cpus = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else _most_cpus(usable, workers, gpus)
-    return _required(nodes, Placement(workers, cpus, gpus))
+    least = most = max(1, _fits(usable, Placement(1, 1, gpus)) if gpus else len(usable))
+    if isinstance(cluster.workers, tuple):
+        least, most = cluster.workers
+    elif cluster.workers != "auto":
+        least = most = cluster.workers
+    present = max(least, min(most, _fits(usable, Placement(1, 1, gpus))))  # of an elastic group, now
+    cpus = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else _most_cpus(usable, present, gpus)
+    return _required(nodes, Placement(least, cpus, gpus, most_workers=most if most > least else 0))
 
 
 def independent(cluster: ClusterConfig, nodes: Sequence[Node], most: int) -> Placement:
@@ -118,9 +127,18 @@ def _fits(nodes: Sequence[Node], placement: Placement) -> int:
     return sum(min(pair) for pair in zip(by_cpu, by_gpu, strict=True))
 
 
+def _room(nodes: Sequence[Node], placement: Placement) -> float:
+    shares = []
+    for node in nodes:
+        here = min(placement.workers, _fits([node], placement))
+        if here:
+            shares.append(node.memory_bytes / here)
+    return min(shares)
+
+
 def _required(nodes: Sequence[Node], placement: Placement) -> Placement:
     if _fits(nodes, placement) >= placement.workers:
-        return placement
+        return replace(placement, room_bytes=_room(nodes, placement))
     each = f"{placement.cpus} CPUs" + (f" and {placement.gpus:g} GPUs" if placement.gpus else "")
     there = ", ".join(f"{node.cpus:g} CPUs / {node.gpus:g} GPUs" for node in nodes) or "no nodes"
     raise UserError(

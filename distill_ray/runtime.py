@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import signal
@@ -294,7 +295,10 @@ def worker_device() -> Any:
 
 def _live_nodes() -> list[Node]:
     found = [node["Resources"] for node in _import_ray().nodes() if node["Alive"]]
-    return [Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in found]
+    return [
+        Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", math.inf))
+        for resources in found
+    ]
 
 
 def _check_answers(address: str) -> None:

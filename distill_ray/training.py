@@ -2,7 +2,7 @@
 
 ``fit`` owns its checkpoints and continues from them. What it computes depends on the data, the config and the seed; on
 CPU fp32 at a fixed worker and thread count a continued run ends bitwise where an uninterrupted one does, since order
-and random state are functions of (seed, epoch) and not of what ran before.
+and random state are functions of the seed and the position, not of what ran before.
 
 Shapes: N rows, B rows of this worker's part of a global batch, C classes.
 """
@@ -11,27 +11,34 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from distill_ray import checkpoints, losses, precision
-from distill_ray.artifacts import METRICS_FILE, History
-from distill_ray.checkpoints import Checkpoint
+from distill_ray import checkpoints, losses, order, precision
+from distill_ray.artifacts import METRICS_FILE, History, best_epoch, is_over
+from distill_ray.checkpoints import Checkpoint, Unfinished
 from distill_ray.config import CeLoss, KdLoss, TrainConfig
-from distill_ray.errors import RunError
+from distill_ray.errors import RunError, UserError
+from distill_ray.losses import Share
 from distill_ray.memory import keep_freed_memory
 from distill_ray.metrics import ValidationMetrics
 from distill_ray.models import Classifier, ModelSpec, finished_weights, save_model
+from distill_ray.optimizing import apply_gradients, averaged, lr_factor, optimizer_of, set_lr
+from distill_ray.rows import Batch, Rows
 from distill_ray.storage import Folder
-from distill_ray.store.reader import SplitArrays
+from distill_ray.store import SplitArrays, StoredSplit
 
 CHECKPOINTS = "checkpoints"
+_STEPS_BETWEEN_CLOCKS = 16  # workers agree this often on whether a checkpoint is due
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,8 @@ class FitResult:
 
 def fit(
     spec: FitSpec,
-    train: SplitArrays,
-    validation: SplitArrays,
+    train: SplitArrays | StoredSplit,
+    validation: SplitArrays | StoredSplit,
     folder: Folder,
     worker: Worker,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
@@ -87,13 +94,13 @@ def fit(
     precision.exact_fp32()
     torch.set_num_threads(worker.threads)
     state = _State.start(spec, folder / CHECKPOINTS, worker)
-    rows = _Rows(train, worker.device)
-    held_out = _Rows(validation, worker.device)
-    for epoch in range(len(state.history) + 1, spec.train.epochs + 1):
+    rows, held_out = Rows(train, worker.device), Rows(validation, worker.device)
+    while not is_over(state.history, spec.train.epochs, spec.train.early_stop_epochs):
+        epoch = len(state.history) + 1
         try:
             row = _train_epoch(state, rows, epoch) | _validate(state, held_out)
-        except torch.OutOfMemoryError:
-            raise RunError(f"out of GPU memory with train.batch_size {spec.train.batch_size}: lower it") from None
+        except RuntimeError as error:
+            raise _as_out_of_memory(error, spec.train) from None
         state.finish_epoch(epoch, row, folder)
         on_epoch(row)
     return export_best(spec.model, folder) if worker.rank == 0 else None
@@ -112,51 +119,18 @@ def export_best(model: ModelSpec, folder: Folder) -> FitResult:
     best = checkpoints.at(folder / CHECKPOINTS, newest.best_epoch) if newest is not None else None
     if newest is None or best is None:
         raise RunError(f"{folder / CHECKPOINTS}: holds no whole checkpoint; run the command again")
-    weights = finished_weights(folder) or save_model(folder, model, best.model)
+    kept = best.average if best.average is not None else best.model
+    weights = finished_weights(folder) or save_model(folder, model, kept)
     return FitResult(weights, newest.best_epoch, newest.history)
 
 
-class _Rows:
-    """A split as tensors, batches by index."""
-
-    def __init__(self, arrays: SplitArrays, device: torch.device) -> None:
-        self._device = device
-        self._tensors = [torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.labels)]
-        if arrays.logits is not None:
-            self._tensors.append(torch.from_numpy(arrays.logits))
-        self.count = len(arrays)
-
-    def batch(self, index_B: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        picked = [tensor[index_B] for tensor in self._tensors]
-        if self._device.type == "cuda":
-            picked = [tensor.pin_memory().to(self._device, non_blocking=True) for tensor in picked]
-        return picked[0], picked[1], picked[2] if len(picked) == 3 else None
-
-
-def batches_of_worker(count: int, batch_size: int, worker: Worker, order_N: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """This worker's part of each global batch, and the global batch's row count.
-
-    The global batches do not depend on the number of workers, and every row is in exactly one of them.
-    """
-    for start in range(0, count, batch_size):
-        whole = order_N[start : start + batch_size]
-        yield whole[worker.rank :: worker.world_size], len(whole)
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of the rows, a function of (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(_mix(seed, epoch))
-    return torch.randperm(count, generator=generator)
-
-
-def lr_factor(step: int, steps: int, warmup_steps: int, schedule: str) -> float:
-    """The learning rate's factor at ``step`` of ``steps``: linear warmup, then constant or a half cosine to 0."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    if schedule == "constant":
-        return 1.0
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * progress))
+def _as_out_of_memory(error: RuntimeError, train: TrainConfig) -> RuntimeError | RunError:
+    """The error itself, or what to lower where it says that memory ran out."""
+    where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
+    if not where and "can't allocate memory" not in str(error):  # the words of torch's CPU allocator
+        return error
+    parts = train.batch_size if train.accumulate == 1 else f"{train.batch_size} in {train.accumulate} parts"
+    return RunError(f"out of {where}memory with train.batch_size {parts}: lower it, or raise train.accumulate")
 
 
 @dataclass
@@ -168,10 +142,13 @@ class _State:
     checkpoints: Folder
     classifier: Classifier
     model: nn.Module  # the classifier, wrapped for data parallelism where there is more than one worker
+    average: AveragedModel | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     history: History
     best_epoch: int
+    unfinished: Unfinished | None  # where within its epoch the training continues
+    saved_at: float
 
     @classmethod
     def start(cls, spec: FitSpec, folder: Folder, worker: Worker) -> _State:
@@ -182,120 +159,198 @@ class _State:
         saved = checkpoints.latest(folder)
         if saved is not None:
             classifier.net.load_state_dict(saved.model)
-        optimizer = _optimizer(classifier, spec.train)
+        average = averaged(classifier.net, spec.train.ema_decay)
+        if saved is not None and saved.average is not None and average is not None:
+            average.module.load_state_dict(saved.average)
+            average.n_averaged.fill_(1)  # it follows from here; at 0 it would start as a copy
+        optimizer = optimizer_of(classifier, spec.train)
         scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
         if saved is not None:
             optimizer.load_state_dict(saved.optimizer)
             scaler.load_state_dict(saved.scaler)
-        model: nn.Module = classifier
-        if worker.world_size > 1:
-            # Always through the wrapper: calling the inner module would skip the gradients' exchange.
-            model = DistributedDataParallel(classifier)
-        history = saved.history if saved is not None else []
-        best_epoch = saved.best_epoch if saved is not None else 0
-        return cls(spec, worker, folder, classifier, model, optimizer, scaler, history, best_epoch)
+        return cls(
+            spec, worker, folder, classifier, _wrapped(classifier, spec.train, worker), average, optimizer, scaler,
+            saved.history if saved is not None else [], saved.best_epoch if saved is not None else 0,
+            saved.unfinished if saved is not None else None, time.monotonic(),
+        )  # fmt: skip
 
     def finish_epoch(self, epoch: int, row: dict[str, float], folder: Folder) -> None:
         """Checkpoint, then the epoch's line: what stands in metrics.jsonl has its checkpoint."""
         self.history = [*self.history, row]
-        self.best_epoch = checkpoints.best_epoch(self.history)
+        self.best_epoch = best_epoch(self.history)
+        self.unfinished = None
+        self.save(epoch)
         if self.worker.rank == 0:
-            net, optimizer, scaler = (
-                self.classifier.net.state_dict(),
-                self.optimizer.state_dict(),
-                self.scaler.state_dict(),
-            )
-            checkpoints.save(self.checkpoints, Checkpoint(epoch, net, optimizer, scaler, self.history, self.best_epoch))
             folder.write_text(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.history))
 
+    def save(self, epoch: int, unfinished: Unfinished | None = None) -> None:
+        """The state after ``epoch`` whole epochs, and after ``unfinished`` of the next."""
+        self.saved_at = time.monotonic()
+        if self.worker.rank != 0:
+            return
+        average = None if self.average is None else self.average.module.state_dict()
+        checkpoints.save(
+            self.checkpoints,
+            Checkpoint(
+                epoch, self.classifier.net.state_dict(), average, self.optimizer.state_dict(),
+                self.scaler.state_dict(), self.history, self.best_epoch, unfinished,
+            ),
+        )  # fmt: skip
 
-def _train_epoch(state: _State, rows: _Rows, epoch: int) -> dict[str, float]:
+
+def _wrapped(classifier: Classifier, train: TrainConfig, worker: Worker) -> nn.Module:
+    """Compiled where asked for, and wrapped for data parallelism: calling what is inside would not exchange gradients.
+
+    Batch norm sees the whole global batch on GPUs (SyncBatchNorm, NCCL alone has it). On CPUs each worker normalises
+    with its own rows, and the statistics that are kept are those of rank 0.
+    """
+    if worker.world_size > 1 and worker.device.type == "cuda":
+        classifier.net = nn.SyncBatchNorm.convert_sync_batchnorm(classifier.net)  # type: ignore[no-untyped-call]
+    if train.compile != "none":
+        if worker.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise UserError("train.compile: needs a C++ compiler (g++), and there is none here: set it to none")
+        classifier.net.compile(mode=None if train.compile == "default" else train.compile)
+    return DistributedDataParallel(classifier) if worker.world_size > 1 else classifier
+
+
+@dataclass
+class _Sums:
+    """Sums over an epoch's rows, on the device: no wait per step. ``values``: total, ce, kd, each times its rows."""
+
+    values: Tensor
+    labelled: int
+    first_bad: Tensor  # the first step whose loss is not finite
+
+    @classmethod
+    def start(cls, device: torch.device, before: Unfinished | None, rank: int) -> _Sums:
+        values = torch.zeros(3, dtype=torch.float64, device=device)
+        if before is not None and rank == 0:  # what is saved is the sum over the workers: one of them carries it on
+            values += torch.tensor(before.sums, dtype=torch.float64, device=device)
+        return cls(values, before.labelled if before is not None else 0, torch.full((), math.inf, device=device))
+
+    def add(self, terms: losses.LossTerms, share: Share, step: int) -> None:
+        """A step's terms: this worker's contributions to the means over the global batch."""
+        weights = torch.tensor([share.rows, share.labelled, share.rows], dtype=torch.float64)
+        self.values += torch.stack([terms.total, terms.ce, terms.kd]).detach().double() * weights.to(self.values.device)
+        self.labelled += share.labelled
+        self.first_bad = torch.where(
+            torch.isfinite(terms.total.detach()), self.first_bad, self.first_bad.clamp(max=step + 1)
+        )
+
+    def over_all_workers(self, worker: Worker) -> list[float]:
+        values = self.values.clone()
+        if worker.world_size > 1:
+            dist.all_reduce(values)
+        summed: list[float] = values.tolist()
+        return summed
+
+
+def _train_epoch(state: _State, rows: Rows, epoch: int) -> dict[str, float]:
     spec, worker = state.spec, state.worker
     started = time.perf_counter()
-    torch.manual_seed(_mix(spec.seed, epoch) + worker.rank)  # dropout and the like: a function of (seed, epoch, rank)
     state.model.train()
     steps_per_epoch = math.ceil(rows.count / spec.train.batch_size)
-    # Row-weighted sums of total, ce, kd; the first step whose loss is not finite. Kept on the device: no wait per step.
-    sums = torch.zeros(3, dtype=torch.float64, device=worker.device)
-    first_bad = torch.full((), math.inf, device=worker.device)
+    before = state.unfinished
+    sums = _Sums.start(worker.device, before, worker.rank)
+    done = before.steps if before is not None else 0
     lr = 0.0
-    order_N = epoch_order(rows.count, spec.seed, epoch)
-    for index, (index_B, global_rows) in enumerate(
-        batches_of_worker(rows.count, spec.train.batch_size, worker, order_N)
-    ):
+    batches = rows.shuffled(spec.train.batch_size, spec.seed, epoch, worker.rank, worker.world_size, skip=done)
+    for index, batch in enumerate(batches, start=done):
         step = (epoch - 1) * steps_per_epoch + index
-        lr = _set_lr(state, step, steps_per_epoch)
-        terms = _step(state, rows, index_B, global_rows)
-        sums += torch.stack([terms.total, terms.ce, terms.kd]).detach().double() * len(index_B)
-        first_bad = torch.where(torch.isfinite(terms.total.detach()), first_bad, first_bad.clamp(max=step + 1))
-    _refuse_divergence(state, epoch, first_bad)
-    if worker.world_size > 1:
-        dist.all_reduce(sums)
-    total, ce, kd = (sums / rows.count).tolist()
-    seconds = time.perf_counter() - started
+        lr = spec.train.lr * lr_factor(step, steps_per_epoch, spec.train)
+        set_lr(state.optimizer, lr)
+        torch.manual_seed(order.mix(spec.seed, step) + worker.rank)  # dropout: a function of (seed, step, rank)
+        sums.add(_step(state, batch), batch.share, step)
+        if index + 1 < steps_per_epoch and _is_due(state, index + 1):
+            _refuse_divergence(state, epoch, sums.first_bad)
+            spent = time.perf_counter() - started + (before.seconds if before is not None else 0.0)
+            unfinished = Unfinished(index + 1, sums.over_all_workers(worker), sums.labelled, spent)
+            state.save(epoch - 1, unfinished)
+    _refuse_divergence(state, epoch, sums.first_bad)
+    total, ce, kd = sums.over_all_workers(worker)
+    seconds = time.perf_counter() - started + (before.seconds if before is not None else 0.0)
     return {
-        "epoch": epoch, "step": epoch * steps_per_epoch, "lr": lr, "train_loss": total, "train_ce": ce, "train_kd": kd,
-        "train_seconds": seconds, "rows_per_s": rows.count / seconds,
+        "epoch": epoch, "step": epoch * steps_per_epoch, "lr": lr, "train_loss": total / rows.count,
+        "train_ce": ce / max(1, sums.labelled), "train_kd": kd / rows.count, "train_seconds": seconds,
+        "rows_per_s": rows.count / seconds,
     }  # fmt: skip
 
 
-def _step(state: _State, rows: _Rows, index_B: Tensor, global_rows: int) -> losses.LossTerms:
-    """One optimizer step. Its gradient is that of the mean over the global batch, whatever each worker's share."""
+def _is_due(state: _State, steps: int) -> bool:
+    """Whether a checkpoint within the epoch is due; all workers agree, by rank 0's clock."""
+    every_s, worker = state.spec.train.checkpoint_every_s, state.worker
+    if every_s is None or (worker.world_size > 1 and steps % _STEPS_BETWEEN_CLOCKS):
+        return False
+    due = torch.tensor(float(time.monotonic() - state.saved_at >= every_s), device=worker.device)
+    if worker.world_size > 1:
+        dist.broadcast(due, src=0)
+    return bool(due)
+
+
+def _step(state: _State, batch: Batch) -> losses.LossTerms:
+    """One optimizer step on the mean loss over the global batch, whatever each worker's and each part's share of it."""
     spec, worker = state.spec, state.worker
-    # DDP averages over the workers; a worker without rows in the last batch still takes part, with weight 0.
-    weight = len(index_B) * worker.world_size / global_rows
-    inputs, labels_B, teacher_BC = rows.batch(index_B if len(index_B) else torch.zeros(1, dtype=torch.int64))
-    with precision.autocast(spec.precision, worker.device):
-        student_BC = state.model(inputs)
-    terms = losses.compute(spec.loss, student_BC, labels_B, teacher_BC)
     state.optimizer.zero_grad(set_to_none=True)
-    state.scaler.scale(terms.total * weight).backward()  # type: ignore[no-untyped-call]
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
+    terms: losses.LossTerms | None = None
+    parts = _parts(batch, spec.train.accumulate)
+    for number, (inputs, labels_B, logits_BC) in enumerate(parts):
+        last = number == len(parts) - 1
+        exchange = nullcontext() if last or worker.world_size == 1 else state.model.no_sync()  # type: ignore[operator]
+        with exchange:
+            with precision.autocast(spec.precision, worker.device):
+                student_BC = state.model(inputs)
+            part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share)
+            if batch.empty:  # it still takes part in the exchange of gradients, with a row that does not count
+                part = losses.LossTerms(part.total * 0, part.ce * 0, part.kd * 0)
+            # The contributions of the workers add up; DistributedDataParallel takes their mean.
+            state.scaler.scale(part.total * worker.world_size).backward()  # type: ignore[no-untyped-call]
+        terms = part if terms is None else terms.plus(part)
+    apply_gradients(state.model, state.optimizer, state.scaler, spec.train.clip_norm)
+    if state.average is not None:
+        state.average.update_parameters(state.classifier.net)
+    assert terms is not None
     return terms
 
 
+def _parts(batch: Batch, accumulate: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """The rows in at most ``accumulate`` parts; workers may differ in their number: only after the last they meet."""
+    if accumulate == 1:
+        return [(batch.inputs, batch.labels, batch.logits)]
+    inputs, labels = batch.inputs.chunk(accumulate), batch.labels.chunk(accumulate)
+    logits = [None] * len(inputs) if batch.logits is None else batch.logits.chunk(accumulate)
+    return list(zip(inputs, labels, logits, strict=True))
+
+
 @torch.no_grad()
-def _validate(state: _State, rows: _Rows) -> dict[str, float]:
+def _validate(state: _State, rows: Rows) -> dict[str, float]:
     spec, worker = state.spec, state.worker
     started = time.perf_counter()
     state.classifier.eval()
+    weights, state.classifier.net = state.classifier.net, _validated(state)
     measured = ValidationMetrics(spec.model.classes, worker.device, worker.world_size)
-    in_order = torch.arange(rows.count)
-    for index_B, _ in batches_of_worker(rows.count, spec.train.batch_size, worker, in_order):
-        if len(index_B):
-            inputs, labels_B, _ = rows.batch(index_B)
-            with precision.autocast(spec.precision, worker.device):
-                logits_BC = state.classifier(inputs)
-            measured.update(logits_BC.float(), labels_B)
+    try:
+        for batch in rows.in_order(spec.train.batch_size, worker.rank, worker.world_size):
+            if not batch.empty:
+                with precision.autocast(spec.precision, worker.device):
+                    logits_BC = state.classifier(batch.inputs)
+                measured.update(logits_BC.float(), batch.labels)
+    finally:
+        state.classifier.net = weights
     return measured.compute() | {"validation_seconds": time.perf_counter() - started}
 
 
+def _validated(state: _State) -> nn.Module:
+    """What is validated is what is kept: the average of the weights where there is one."""
+    if state.average is None:
+        return state.classifier.net
+    net: nn.Module = state.average.module
+    return net.eval()
+
+
 def _refuse_divergence(state: _State, epoch: int, first_bad: Tensor) -> None:
+    first_bad = first_bad.clone()
     if state.worker.world_size > 1:
         dist.all_reduce(first_bad, op=dist.ReduceOp.MIN)
     if math.isfinite(step := float(first_bad)):
         kept = f"the checkpoint of epoch {epoch - 1} is kept" if epoch > 1 else "no epoch was finished"
         raise RunError(f"the loss is not finite at step {int(step)} (epoch {epoch}); {kept}: lower train.lr")
-
-
-def _set_lr(state: _State, step: int, steps_per_epoch: int) -> float:
-    train = state.spec.train
-    warmup_steps = round(train.warmup_epochs * steps_per_epoch)
-    lr = train.lr * lr_factor(step, train.epochs * steps_per_epoch, warmup_steps, train.schedule)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-def _optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    parameters = list(model.parameters())
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
-    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=train.lr, weight_decay=train.weight_decay)
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """One 63-bit seed from two numbers, so that seed 0 epoch 1 and seed 1 epoch 0 differ."""
-    return (seed * 1_000_003 + epoch * 7_919 + 12_345) % (2**63)

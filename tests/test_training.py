@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import multiprocessing as mp
 
-from distill_ray import checkpoints, precision, training
+from distill_ray import artifacts, checkpoints, order, precision, training
 from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
 from distill_ray.errors import RunError
 from distill_ray.models import ModelSpec
+from distill_ray.optimizing import lr_factor
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays
-from distill_ray.training import FitResult, FitSpec, Worker, batches_of_worker, epoch_order, fit, lr_factor
+from distill_ray.training import FitResult, FitSpec, Worker, fit
 
 CLASSES = 4
 
@@ -52,36 +53,57 @@ def _fit(spec: FitSpec, folder: Path, **arguments: object) -> FitResult:
 
 @settings(deadline=None)
 @given(
-    count=st.integers(1, 200), batch=st.integers(1, 64), world=st.integers(1, 5), seed=st.integers(0, 99),
-    epoch=st.integers(1, 9),
+    shard_rows=st.lists(st.integers(1, 40), min_size=1, max_size=8), batch=st.integers(1, 64),
+    world=st.integers(1, 5), seed=st.integers(0, 99), epoch=st.integers(1, 9),
+    window_rows=st.one_of(st.none(), st.integers(1, 100)),
 )  # fmt: skip
 def test_every_row_once_an_epoch_in_batches_that_do_not_depend_on_the_workers(
-    count: int, batch: int, world: int, seed: int, epoch: int
+    shard_rows: list[int], batch: int, world: int, seed: int, epoch: int, window_rows: int | None
 ) -> None:
-    order = epoch_order(count, seed, epoch)
-    parts = [list(batches_of_worker(count, batch, Worker(rank, world), order)) for rank in range(world)]
-    alone = list(batches_of_worker(count, batch, Worker(), order))
+    if window_rows is None:
+        plan = order.whole(shard_rows, seed, epoch)
+    else:
+        plan = order.windows(shard_rows, window_rows, seed, epoch)
+    starts = np.concatenate([[0], np.cumsum(shard_rows)])
+
+    def rows_of(pieces: list[order.Piece]) -> list[int]:
+        """Numbers in the split of a batch's rows."""
+        found: list[int] = []
+        for piece in pieces:
+            ids = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in plan[piece.window].shards])
+            found += ids[piece.index.numpy()].tolist()
+        return found
+
     seen: list[int] = []
-    for step, (whole, rows) in enumerate(alone):
-        shares = [part[step] for part in parts]
-        assert all(global_rows == rows == len(whole) for _, global_rows in shares)
-        together = torch.cat([share for share, _ in shares])
-        assert sorted(together.tolist()) == sorted(whole.tolist())
-        seen += together.tolist()
-    assert sorted(seen) == list(range(count))
+    batches = list(order.batches(plan, batch))
+    for whole in batches:
+        together = [row for rank in range(world) for row in rows_of(order.part(whole, rank, world))]
+        assert sorted(together) == sorted(rows_of(whole))
+        shares = [len(rows_of(order.part(whole, rank, world))) for rank in range(world)]
+        assert max(shares) - min(shares) <= 1
+        seen += together
+    assert [len(rows_of(whole)) for whole in batches[:-1]] == [batch] * (len(batches) - 1)
+    assert sorted(seen) == list(range(sum(shard_rows)))
+    if window_rows is not None:
+        assert all(len(w.order) <= max(window_rows, *(shard_rows[s] for s in w.shards)) for w in plan)
 
 
 def test_order_changes_with_seed_and_epoch() -> None:
-    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(3) for epoch in range(1, 4)}
+    orders = {tuple(order.epoch_order(50, seed, epoch).tolist()) for seed in range(3) for epoch in range(1, 4)}
     assert len(orders) == 9
 
 
-def test_schedule() -> None:
-    assert [lr_factor(step, 10, 4, "constant") for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    cosine = [lr_factor(step, 10, 0, "cosine") for step in range(10)]
+def test_schedules() -> None:
+    def factors(**train: object) -> list[float]:
+        config = TrainConfig.model_validate({"epochs": 2, **train})
+        return [lr_factor(step, 5, config) for step in range(10)]
+
+    assert factors(schedule="constant", warmup_epochs=0.8)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    cosine = factors(schedule="cosine")
     assert cosine[0] == 1.0
     assert cosine == sorted(cosine, reverse=True)
     assert cosine[5] == pytest.approx(0.5)
+    assert factors(schedule="step", step_epochs=[1], step_factor=0.5) == [1.0] * 5 + [0.5] * 5
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
@@ -148,7 +170,7 @@ def test_the_checkpoint_before_is_of_use_when_the_newest_is_the_best_and_damaged
     history: list[dict[str, float]] = []
     for epoch, accuracy in enumerate((0.5, 0.9, 0.7, 0.8, 0.95), start=1):
         history = [*history, {"epoch": epoch, "validation_accuracy": accuracy}]
-        best = checkpoints.best_epoch(history)
+        best = artifacts.best_epoch(history)
         checkpoints.save(folder, replace(first, epoch=epoch, history=history, best_epoch=best))
     newest = max((tmp_path / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:-7])

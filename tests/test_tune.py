@@ -17,6 +17,7 @@ from distill_ray import training
 from distill_ray.artifacts import Stage, exclusive
 from distill_ray.config import StudentConfig, TuneConfig, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
+from distill_ray.placing import Placement
 from distill_ray.stages import search_results, search_space, search_trial
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.storage import Folder
@@ -275,7 +276,9 @@ def run_trial(search: Search, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         monkeypatch.setattr(search_trial, "_report", reports)
         monkeypatch.setenv("TUNE_FUNCTION_THREAD_TIMEOUT_S", "")  # restored after the test
         with nullcontext() if stop_at is None else pytest.raises(SystemExit):
-            search_trial.train_trial({"loss.temperature": temperature}, search_trial.job_of(inputs, threads=1))
+            search_trial.train_trial(
+                {"loss.temperature": temperature}, search_trial.job_of(inputs, Placement(1, 1, 0.0))
+            )
         stage = search_space.plan(inputs, {"loss.temperature": temperature}).stage
         assert stage is not None
         return reports, stage.folder

@@ -9,12 +9,15 @@ import yaml
 
 from distill_ray import metrics, precision
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
-from distill_ray.config import CeLoss, KdLoss, PrecisionName, StudentConfig
+from distill_ray.config import CeLoss, KdLoss, PrecisionName, StudentConfig, TeacherConfig, TrainConfig
+from distill_ray.errors import UserError
+from distill_ray.footprint import step_bytes
 from distill_ray.models import ModelSpec, finished_weights, load_model
 from distill_ray.models.classifier import count_parameters
+from distill_ray.placing import Placement
 from distill_ray.stages.context import CONFIG_FILE
 from distill_ray.storage import Folder
-from distill_ray.store import DataManifest, SplitArrays
+from distill_ray.store import DataManifest, SplitArrays, Store, StoredSplit, read_shards, read_split
 from distill_ray.training import FitResult, FitSpec
 
 _EVALUATION_BATCH = 512
@@ -42,14 +45,62 @@ def student_spec(
 
 def resolve_precision(folder: Folder, asked: PrecisionName, device: torch.device) -> str:
     """The precision that this folder was started with; at its first start, what ``asked`` means on this device."""
+    recorded = _recorded(folder, "precision")
+    return recorded if recorded is not None else precision.resolve(asked, device)
+
+
+def _recorded(folder: Folder, key: str) -> str | None:
+    """What an ``auto`` value became when this folder was started; None where it was not."""
     try:
-        recorded = yaml.safe_load(folder.read_bytes(CONFIG_FILE))["resolved"]["precision"]
+        return str(yaml.safe_load(folder.read_bytes(CONFIG_FILE))["resolved"][key])
     except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError):
-        return precision.resolve(asked, device)
-    return str(recorded)
+        return None
 
 
-def finish(folder: Folder, result: FitResult, test: SplitArrays, device: torch.device, extra: dict[str, Any]) -> None:
+def check_model(key: str, data: DataManifest, section: TeacherConfig | StudentConfig, placement: Placement) -> None:
+    """Refuse, before any worker starts, a network that does not fit the data, or a batch that can never fit in memory.
+
+    A GPU's own memory is not known here.
+
+    Raises:
+        UserError: what does not fit; of memory how much a step takes, how much there is, and what to lower.
+    """
+    spec, train = model_spec(data, section.model), section.train
+    with torch.device("meta"):  # it need not fit on this machine
+        spec.build(key=f"{key}.model")
+    needed = step_bytes(spec, train, data.splits["train"].rows, placement.workers)
+    if not placement.gpus and needed > placement.room_bytes:
+        raise UserError(
+            f"{key}.train.batch_size {train.batch_size}: a step takes at least {needed / 2**30:.1f} GiB in each of "
+            f"{placement.workers} worker(s), which have {placement.room_bytes / 2**30:.1f} GiB: lower it, or raise "
+            f"{key}.train.accumulate"
+        )
+
+
+def open_split(
+    data: Store, split: str, labels: Store | None, train: TrainConfig, shuffle: str
+) -> SplitArrays | StoredSplit:
+    """The rows of a split: in memory, or in their shards where ``shuffle`` is ``window``."""
+    if shuffle == "window":
+        return StoredSplit(data, split, labels, train.window_rows)
+    return read_split(data, split, labels)
+
+
+def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Store | None, room_bytes: float) -> str:
+    """How this folder was started; at its first start ``whole`` where all rows fit in half of ``room_bytes``."""
+    recorded = _recorded(folder, "shuffle")
+    if recorded is not None:
+        return recorded
+    if train.shuffle != "auto":
+        return train.shuffle
+    stores = [data] if labels is None else [data, labels]
+    size = sum(shard.bytes for store in stores for shard in store.manifest.shards if shard.split != "test")
+    return "whole" if size <= room_bytes / 2 else "window"
+
+
+def finish(
+    folder: Folder, result: FitResult, data: Store, labels: Store | None, device: torch.device, extra: dict[str, Any]
+) -> None:
     """Evaluate the saved model once on the test split, in fp32, measure its latency, and write ``summary.json``.
 
     The model is loaded back from its files: what is measured is what ``load_model`` gives to a user. A folder that
@@ -58,8 +109,9 @@ def finish(folder: Folder, result: FitResult, test: SplitArrays, device: torch.d
     if finished_weights(folder) is not None:
         return
     model = load_model(folder, expected_sha256=result.weights_sha256).to(device)
-    quality = metrics.evaluate(model, test, _EVALUATION_BATCH, "fp32", device)
-    latency = metrics.latency_ms(model, torch.from_numpy(test.inputs[:1]), device)
+    quality = metrics.evaluate(model, read_shards(data, "test", labels), _EVALUATION_BATCH, "fp32", device)
+    one_row = torch.from_numpy(next(read_shards(data, "test")).inputs[:1].copy())
+    latency = metrics.latency_ms(model, one_row, device)
     best = result.history[result.best_epoch - 1]
     summary = {
         **quality,
@@ -71,7 +123,7 @@ def finish(folder: Folder, result: FitResult, test: SplitArrays, device: torch.d
         "epochs": len(result.history),
         "best_epoch": result.best_epoch,
         "validation_accuracy": best["validation_accuracy"],
-        "test_rows": len(test),
+        "test_rows": data.manifest.splits["test"].rows,
         "weights_sha256": result.weights_sha256,
         **extra,
     }

@@ -11,21 +11,22 @@ import yaml
 
 from distill_ray import artifacts, runtime
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, from_dict, to_dict, to_yaml
+from distill_ray.config import Config, StudentConfig, from_dict, to_dict, to_yaml
 from distill_ray.errors import DistillRayError
+from distill_ray.placing import Placement
 from distill_ray.stages import opening, progress, search_space
 from distill_ray.stages.context import write_stage_config
 from distill_ray.stages.search_space import METRIC, Inputs
-from distill_ray.store import SplitArrays, read_split
+from distill_ray.store import SplitArrays, StoredSplit, read_split
 
 _STOP_TIMEOUT_S = "60"
 
 
-def job_of(inputs: Inputs, threads: int) -> dict[str, Any]:
+def job_of(inputs: Inputs, placement: Placement) -> dict[str, Any]:
     """What every trial is sent: the config and where the two stores are. No teacher."""
     return {
-        "config": to_dict(inputs.config), "out": inputs.out, "threads": threads, "data": inputs.data, "labels":
-        inputs.labels,
+        "config": to_dict(inputs.config), "out": inputs.out, "threads": placement.cpus, "room_bytes":
+        placement.room_bytes, "data": inputs.data, "labels": inputs.labels,
     }  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         return
     try:
         with artifacts.exclusive(trial.stage, _do_not_wait):
-            _fit(trial.config, trial.stage, inputs, int(job["threads"]))
+            _fit(trial.config, trial.stage, inputs, job["threads"], job["room_bytes"])
     except _TakenError:
         # Waiting would hold a CPU, for ever where the other is a stopped trial whose actor idles. The row of this
         # trial is read from the shared folder at the end.
@@ -57,25 +58,28 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         _report(len(_history(trial.stage)), 0.0, reason=_reason(error))
 
 
-def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
+def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, room_bytes: float) -> None:
     from distill_ray.stages import model_folder
     from distill_ray.training import Worker, fit
 
     history, section = _history(target), config.student
     for row in history:
         _report(int(row["epoch"]), _best(history[: int(row["epoch"])]))
-    if len(history) >= section.train.epochs:
+    if _is_over(history, section):
         return
     device, seed = runtime.worker_device(), section.seeds[0]
     data = opening.data_store(inputs.config, inputs.data)
     spec = model_folder.student_spec(data.data_manifest, section, section.loss, seed, target.folder, device)
-    where = {"precision": spec.precision, "threads": threads, "device": device.type}
+    labels = opening.label_store(inputs.config, inputs.labels, data)
+    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, room_bytes)
+    where = {"precision": spec.precision, "shuffle": shuffle, "threads": threads, "device": device.type}
     write_stage_config(target, to_dict(section) | {"seed": seed}, where)
-    train, validation = _splits(to_yaml(to_dict(inputs.config)), inputs.data, inputs.labels)
+    window_rows = spec.train.window_rows if shuffle == "window" else None
+    train, validation = _splits(to_yaml(to_dict(inputs.config)), inputs.data, inputs.labels, window_rows)
 
     def on_epoch(row: dict[str, float]) -> None:
         history.append(row)
-        if len(history) < section.train.epochs:  # the last is told when the model is written: a report can be the end
+        if not _is_over(history, section):  # the last is told when the model is written: a report can be the end
             _report(int(row["epoch"]), _best(history))
 
     fit(spec, train, validation, target.folder, Worker(threads=threads, device=device), on_epoch)
@@ -83,12 +87,24 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _splits(config_yaml: str, data: Stage, labels: Stage) -> tuple[SplitArrays, SplitArrays]:
-    """Train and validation rows, read once an actor: actors are reused from trial to trial."""
+def _splits(
+    config_yaml: str, data: Stage, labels: Stage, window_rows: int | None
+) -> tuple[SplitArrays | StoredSplit, SplitArrays | StoredSplit]:
+    """Train and validation rows, opened once an actor: actors are reused from trial to trial.
+
+    ``config_yaml`` is the search's config, not a trial's: the rows are the same for all of them.
+    """
     config = from_dict(yaml.safe_load(config_yaml))
     inputs = opening.data_store(config, data)
     targets = opening.label_store(config, labels, inputs)
-    return read_split(inputs, "train", targets), read_split(inputs, "validation", targets)
+    if window_rows is None:
+        return read_split(inputs, "train", targets), read_split(inputs, "validation", targets)
+    train, validation = (StoredSplit(inputs, split, targets, window_rows) for split in ("train", "validation"))
+    return train, validation
+
+
+def _is_over(history: artifacts.History, section: StudentConfig) -> bool:
+    return artifacts.is_over(history, section.train.epochs, section.train.early_stop_epochs)
 
 
 def _report(epoch: int, accuracy: float, reason: str | None = None) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distill_ray.artifacts import is_over
 from distill_ray.config import to_dict
 from distill_ray.stages import progress, search_space
 from distill_ray.stages.context import Context, tracking_id
@@ -92,8 +93,8 @@ def _row(number: int, trial: Trial, failed: Mapping[str, str | None]) -> TrialRo
         return TrialRow(number, trial.values, None, 0, None, 0.0, "invalid", trial.reason, None)
     if trial.status == "infeasible":
         return TrialRow(number, trial.values, None, 0, trial.parameters, 0.0, "infeasible", trial.reason, None)
-    history = progress.read_history(trial.stage.folder)
-    status: Status = "completed" if len(history) >= trial.config.student.train.epochs else "stopped"
+    history, train = progress.read_history(trial.stage.folder), trial.config.student.train
+    status: Status = "completed" if is_over(history, train.epochs, train.early_stop_epochs) else "stopped"
     reason = "stopped by the scheduler: others were better after as many epochs" if status == "stopped" else None
     if status == "stopped" and trial.stage.digest in failed:
         status, reason = "failed", failed[trial.stage.digest]

@@ -91,8 +91,8 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
 
     context.announce_ray()
     source = opening.data_store(context.config, data)
-    model_folder.model_spec(source.data_manifest, context.config.student.model).build(key="student.model")
     placement = placing.student(context.config.cluster, context.session.start(), wanted)
+    model_folder.check_model("student", source.data_manifest, context.config.student, placement)
     options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_retries": _MAX_RETRIES}
     before = {student.stage.digest: len(progress.read_history(student.stage.folder)) for student in todo}
     jobs = {student.stage.digest: _job(context.config, data, labels, student, placement) for student in todo}
@@ -112,6 +112,7 @@ def _job(config: Config, data: Stage, labels: Stage, student: Student, placement
     return {
         "config": to_dict(config), "data": data, "labels": labels, "seed": student.seed,
         "loss": to_dict(student.loss), "stage": student.stage, "threads": placement.cpus,
+        "room_bytes": placement.room_bytes,
     }  # fmt: skip
 
 
@@ -160,16 +161,16 @@ def _record(context: Context, student: Student, epochs_before: int, finish_secon
 def train_student(job: Mapping[str, Any]) -> None:
     """Runs in a Ray task: train one student to its last epoch, from wherever its folder stands."""
     from distill_ray.stages import model_folder
-    from distill_ray.store import read_split
     from distill_ray.training import Worker, fit
 
     config, target, device = _unpack(job)
     data, labels = _stores(config, job)
     spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
-    where = {"precision": spec.precision, "threads": job["threads"], "device": device.type}
+    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, job["room_bytes"])
+    where = {"precision": spec.precision, "shuffle": shuffle, "threads": job["threads"], "device": device.type}
     section = to_dict(config.student) | {"loss": job["loss"], "seed": job["seed"]}
     write_stage_config(target, section, where)
-    splits = [read_split(data, split, labels) for split in ("train", "validation")]
+    splits = [model_folder.open_split(data, split, labels, spec.train, shuffle) for split in ("train", "validation")]
     fit(spec, splits[0], splits[1], target.folder, Worker(threads=job["threads"], device=device))
 
 
@@ -178,7 +179,6 @@ def finish_student(job: Mapping[str, Any]) -> float:
     import time
 
     from distill_ray.stages import model_folder
-    from distill_ray.store import read_split
     from distill_ray.training import export_best
 
     started = time.perf_counter()
@@ -191,7 +191,7 @@ def finish_student(job: Mapping[str, Any]) -> float:
         "teacher_digest": labels.label_manifest.teacher_digest,
     }  # fmt: skip
     result = export_best(spec.model, target.folder)
-    model_folder.finish(target.folder, result, read_split(data, "test", labels), device, extra)
+    model_folder.finish(target.folder, result, data, labels, device, extra)
     return time.perf_counter() - started
 
 

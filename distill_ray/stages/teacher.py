@@ -42,14 +42,16 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
     nodes = context.session.start()
     placement = placing.training(context.config.cluster, nodes)
     source = opening.data_store(context.config, data)
-    spec = model_folder.model_spec(source.data_manifest, context.config.teacher.model)
-    spec.build(key="teacher.model")  # refuses a network that does not fit the data before any worker starts
+    model_folder.check_model("teacher", source.data_manifest, context.config.teacher, placement)
+    # The student's now, too, not after hours of the teacher's training.
+    alone = placing.student(context.config.cluster, nodes, 1)
+    model_folder.check_model("student", source.data_manifest, context.config.student, alone)
     arguments: dict[str, Any] = {
         "config": to_dict(context.config),
         "data": data,
         "stage": target,
-        "workers": placement.workers,
         "threads": placement.cpus,
+        "room_bytes": placement.room_bytes,
         "attempt": secrets.token_hex(8),
     }
     key = target.folder.name
@@ -103,7 +105,8 @@ def _fit_with_ray_train(arguments: dict[str, Any], placement: Placement) -> None
             train_loop_config=arguments,
             torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=placement.workers, use_gpu=bool(placement.gpus), resources_per_worker=placement.resources()
+                num_workers=_num_workers(placement), use_gpu=bool(placement.gpus),
+                resources_per_worker=placement.resources(),
             ),
             run_config=ray.train.RunConfig(
                 name=Path(scratch).name, storage_path=scratch,
@@ -113,6 +116,11 @@ def _fit_with_ray_train(arguments: dict[str, Any], placement: Placement) -> None
             ),
         )  # fmt: skip
         trainer.fit()
+
+
+def _num_workers(placement: Placement) -> int | tuple[int, int]:
+    """As Ray Train has it: a range lets it shrink the group when a node is lost and grow it when one joins."""
+    return (placement.workers, placement.most_workers) if placement.most_workers else placement.workers
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
@@ -130,7 +138,9 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     except DistillRayError as error:
         note = {"attempt": arguments["attempt"], "exit_code": error.exit_code, "message": str(error)}
         folder.write_json(_FAILURE_FILE, note)
-        if arguments["workers"] > 1:
+        import ray.train
+
+        if ray.train.get_context().get_world_size() > 1:
             raise
 
 
@@ -150,7 +160,6 @@ def _train_in_worker(arguments: dict[str, Any]) -> None:
     import ray.train.torch
 
     from distill_ray.stages import model_folder
-    from distill_ray.store import read_split
     from distill_ray.training import FitSpec, Worker, fit
 
     config = from_dict(arguments["config"])
@@ -158,39 +167,44 @@ def _train_in_worker(arguments: dict[str, Any]) -> None:
     place = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(place.get_world_rank(), place.get_world_size(), arguments["threads"], device)
-    resolved = _agree_on_precision(config, target.folder, worker)
-    if worker.rank == 0:
-        where = {"precision": resolved, "workers": worker.world_size, "threads": worker.threads, "device": device.type}
-        write_stage_config(target, config_section(config, "teacher"), where)
     data = opening.data_store(config, arguments["data"])
+    resolved, shuffle = _agree(config, target.folder, worker, data, arguments["room_bytes"])
+    if worker.rank == 0:
+        where = {
+            "precision": resolved, "shuffle": shuffle, "workers": worker.world_size, "threads": worker.threads,
+            "device": device.type,
+        }  # fmt: skip
+        write_stage_config(target, config_section(config, "teacher"), where)
     spec = FitSpec(
         model_folder.model_spec(data.data_manifest, config.teacher.model), config.teacher.train, CeLoss(name="ce"),
         config.teacher.seed, resolved,
     )  # fmt: skip
     result = fit(
         spec,
-        read_split(data, "train"),
-        read_split(data, "validation"),
+        model_folder.open_split(data, "train", None, spec.train, shuffle),
+        model_folder.open_split(data, "validation", None, spec.train, shuffle),
         target.folder,
         worker,
         lambda row: ray.train.report(row),
     )
     if result is not None:
         extra = {"precision": resolved, "workers": worker.world_size, "data_digest": data.data_manifest.digest}
-        model_folder.finish(target.folder, result, read_split(data, "test"), device, extra)
+        model_folder.finish(target.folder, result, data, None, device, extra)
 
 
-def _agree_on_precision(config: Config, folder: Folder, worker: Any) -> str:
-    """Rank 0 resolves ``auto`` and all obey, whatever hardware each has."""
+def _agree(config: Config, folder: Folder, worker: Any, data: Any, room_bytes: float) -> tuple[str, str]:
+    """Precision and shuffle: rank 0 resolves ``auto`` and all obey, whatever hardware each has."""
     import torch.distributed as dist
 
     from distill_ray.stages import model_folder
 
-    agreed = [
-        model_folder.resolve_precision(folder, config.teacher.train.precision, worker.device)
-        if worker.rank == 0
-        else None
-    ]
+    agreed: list[str | None] = [None, None]
+    if worker.rank == 0:
+        train = config.teacher.train
+        agreed = [
+            model_folder.resolve_precision(folder, train.precision, worker.device),
+            model_folder.resolve_shuffle(folder, train, data, None, room_bytes),
+        ]
     if worker.world_size > 1:
         dist.broadcast_object_list(agreed, src=0)
-    return str(agreed[0])
+    return str(agreed[0]), str(agreed[1])

@@ -137,7 +137,7 @@ def _search(context: Context, tune: TuneConfig, inputs: Inputs) -> tuple[list[Tr
     from ray import tune as ray_tune
 
     placement = _placement(context, tune)
-    job = search_trial.job_of(inputs, placement.cpus)
+    job = search_trial.job_of(inputs, placement)
     resources = {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.gpus else {})}
     trainable = ray_tune.with_resources(ray_tune.with_parameters(search_trial.train_trial, job=job), resources)
     with (

@@ -7,6 +7,7 @@ from distill_ray.store.manifest import DataManifest, LabelManifest, ShardRecord
 from distill_ray.store.reader import (
     SplitArrays,
     Store,
+    StoredSplit,
     check_identity,
     check_twins,
     open_store,
@@ -21,6 +22,7 @@ __all__ = [
     "ShardRecord",
     "SplitArrays",
     "Store",
+    "StoredSplit",
     "check_identity",
     "check_twins",
     "open_store",

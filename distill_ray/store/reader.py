@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,29 +107,42 @@ def read_shards(data: Store, split: str, labels: Store | None = None) -> Iterato
     Raises:
         UserError: no such split, a damaged shard, or a label store made from other data.
     """
-    if split not in data.manifest.splits:
-        raise UserError(f"{data.folder}: has no split {split!r}, only {', '.join(data.manifest.splits)}")
-    records = _records(data, split)
-    twins: tuple[ShardRecord | None, ...] = (None,) * len(records)
-    if labels is not None:
-        check_twins(data, labels)
-        twins = _records(labels, split)
-        if len(twins) != len(records):
-            raise UserError(
-                f"{labels.folder}: has {len(twins)} shards of split {split}, {data.folder} has {len(records)}"
-            )
-    for record, twin in zip(records, twins, strict=True):
-        part = data.data_shard(record)
-        logits = None
-        if labels is not None and twin is not None:
-            labelled = labels.label_shard(twin)
-            if not np.array_equal(part.row_ids, labelled.row_ids):
-                raise UserError(
-                    f"{labels.folder.location(twin.file)}: its row ids are not those of "
-                    f"{data.folder.location(record.file)}: run distill-ray verify on both stores"
-                )
-            logits = labelled.logits
-        yield SplitArrays(part.row_ids, part.inputs, part.labels, logits)
+    for record, twin in _pairs(data, split, labels):
+        yield _joined(data, record, labels, twin, verify=True)
+
+
+class StoredSplit:
+    """A split that stays in its shards: any of them are read into memory together when they are asked for.
+
+    ``window_rows`` is how many rows a reader of all of it should hold at a time. A shard's checksum is checked when the
+    shard is first read by this process.
+    """
+
+    def __init__(self, data: Store, split: str, labels: Store | None, window_rows: int) -> None:
+        self._data, self._labels = data, labels
+        self._pairs = list(_pairs(data, split, labels))
+        self._checked: set[int] = set()
+        self.window_rows = window_rows
+        self.shard_rows = [record.rows for record, _ in self._pairs]
+
+    def load(self, numbers: Sequence[int]) -> SplitArrays:
+        """The rows of these shards, end to end, in memory of their own.
+
+        Raises:
+            UserError: a damaged shard.
+        """
+        whole: SplitArrays | None = None
+        start = 0
+        for number in numbers:
+            record, twin = self._pairs[number]
+            part = _joined(self._data, record, self._labels, twin, verify=number not in self._checked)
+            self._checked.add(number)
+            if whole is None:
+                whole = _room_for(sum(self.shard_rows[n] for n in numbers), part)
+            _fill(whole, start, part)
+            start += len(part)
+        assert whole is not None, "a window has at least one shard"
+        return whole
 
 
 def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArrays:
@@ -143,16 +156,52 @@ def read_split(data: Store, split: str, labels: Store | None = None) -> SplitArr
     for part in read_shards(data, split, labels):
         if whole is None:
             whole = _room_for(data.manifest.splits[split].rows, part)
-        stop = start + len(part)
-        whole.row_ids[start:stop] = part.row_ids
-        whole.inputs[start:stop] = part.inputs
-        whole.labels[start:stop] = part.labels
-        if whole.logits is not None:
-            whole.logits[start:stop] = part.logits
-        start = stop
+        _fill(whole, start, part)
+        start += len(part)
     if whole is None:
         raise UserError(f"{data.folder}: split {split} has no shards: {_REMEDY}")
     return whole
+
+
+def _pairs(data: Store, split: str, labels: Store | None) -> Iterator[tuple[ShardRecord, ShardRecord | None]]:
+    """Each data shard of a split with its twin."""
+    if split not in data.manifest.splits:
+        raise UserError(f"{data.folder}: has no split {split!r}, only {', '.join(data.manifest.splits)}")
+    records = _records(data, split)
+    twins: tuple[ShardRecord | None, ...] = (None,) * len(records)
+    if labels is not None:
+        check_twins(data, labels)
+        twins = _records(labels, split)
+        if len(twins) != len(records):
+            raise UserError(
+                f"{labels.folder}: has {len(twins)} shards of split {split}, {data.folder} has {len(records)}"
+            )
+    return zip(records, twins, strict=True)
+
+
+def _joined(
+    data: Store, record: ShardRecord, labels: Store | None, twin: ShardRecord | None, *, verify: bool
+) -> SplitArrays:
+    """The rows of one data shard with the logits of its twin."""
+    part = data.data_shard(record, verify=verify)
+    if labels is None or twin is None:
+        return SplitArrays(part.row_ids, part.inputs, part.labels, None)
+    labelled = labels.label_shard(twin, verify=verify)
+    if not np.array_equal(part.row_ids, labelled.row_ids):
+        raise UserError(
+            f"{labels.folder.location(twin.file)}: its row ids are not those of "
+            f"{data.folder.location(record.file)}: run distill-ray verify on both stores"
+        )
+    return SplitArrays(part.row_ids, part.inputs, part.labels, labelled.logits)
+
+
+def _fill(whole: SplitArrays, start: int, part: SplitArrays) -> None:
+    stop = start + len(part)
+    whole.row_ids[start:stop] = part.row_ids
+    whole.inputs[start:stop] = part.inputs
+    whole.labels[start:stop] = part.labels
+    if whole.logits is not None:
+        whole.logits[start:stop] = part.logits
 
 
 def _records(store: Store, split: str) -> tuple[ShardRecord, ...]:
