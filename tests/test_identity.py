@@ -33,7 +33,7 @@ def change_manifest(run: SmallRun, store: str, changes: dict[str, Any]) -> dict[
         ("data", "digest", OTHER, "holds the store data-{new}, the config's is data-{old}"),
         (
             "data", "input", {"scale": 1.0, "mean": [0.0], "std": [1.0]},
-            "its input contract is another: scale 1.0, the config has 0.00392156862745098",
+            "is another: scale 1.0, the config has 0.00392156862745098",
         ),
     ],
 )  # fmt: skip
