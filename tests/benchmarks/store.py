@@ -59,8 +59,8 @@ def memory(settings: Settings) -> Figure:
     """Peak anonymous memory of a fresh process that streams a label store, at 10 times the rows against once the rows.
 
     This is ``Store.label_shard``, which ``read_shards`` stands on: every shard is read, verified and let go, and its
-    logits are summed. Training is not measured here: it keeps its splits in memory on purpose (``read_split``). The
-    process samples itself, every 2 ms and after each shard.
+    logits are summed. Training is not measured here: it keeps a split in memory on purpose (``read_split``), unless
+    ``shuffle`` is ``window``. The process samples itself, every 2 ms and after each shard.
     """
     large, small = (
         _label_store(settings.out / f"store-{name}", rows).folder.path
