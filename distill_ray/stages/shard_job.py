@@ -116,8 +116,11 @@ def run_shards(
             num_gpus=placement.gpus or None,
         )  # fmt: skip
     try:
-        for row in rows.iter_rows():
-            yield _unpacked(stage, row)
+        # Without prefetching: its threads outlive a failure, and one that asks Ray for something after the shutdown ends
+        # the process without a word.
+        for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in block.to_pylist():
+                yield _unpacked(stage, row)
     except (DistillRayError, GeneratorExit):
         raise
     except Exception as error:
