@@ -116,8 +116,8 @@ def run_shards(
             num_gpus=placement.gpus or None,
         )  # fmt: skip
     try:
-        # Without prefetching: its threads outlive a failure, and one that asks Ray for something after the shutdown ends
-        # the process without a word.
+        # Without prefetching: its threads outlive a failure, and one that asks Ray for something after the shutdown
+        # ends the process without a word.
         for block in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for row in block.to_pylist():
                 yield _unpacked(stage, row)
