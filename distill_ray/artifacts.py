@@ -91,7 +91,7 @@ def exclusive(target: Stage, on_wait: Callable[[str], None]) -> Iterator[None]:
     """Hold the stage folder for this process; a second run waits for the first and then finds it finished.
 
     The lock is the kernel's and ends with its process, however that ends, so nobody waits for a dead one. Object stores
-    have no locks: there two writers do the same work twice, harmlessly, since every file is written whole.
+    have no locks: there two writers do the same work twice, and the first to finish stays.
     """
     if not target.folder.is_local:
         yield

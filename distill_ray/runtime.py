@@ -20,7 +20,7 @@ from distill_ray import placing
 from distill_ray.config import Config, IdxData
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Node
-from distill_ray.storage import Folder
+from distill_ray.storage import Folder, impatience
 
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
 _HEAD_POLL_S, _HEAD_LOST_S = 5.0, 45.0  # Ray's own patience is 60 s
@@ -197,9 +197,10 @@ def check_every_node(out: Folder, source: str | None) -> None:
 def _sees(out: Folder, token: str, written: str, source: str | None) -> str | None:
     """Runs on a node: what it does not see, None where all is well."""
     try:
-        if out.read_bytes(token).decode() != token:
-            return f"--out {out}: reads back differently there"
-        out.write_text(written, written)
+        with impatience():  # somebody waits for the answer
+            if out.read_bytes(token).decode() != token:
+                return f"--out {out}: reads back differently there"
+            out.write_text(written, written)
     except OSError as error:
         return f"--out {out}: is not shared with it ({error.strerror or error})"
     if source is not None and "://" not in source and not Path(source).exists():

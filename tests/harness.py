@@ -81,7 +81,7 @@ def with_processes(arguments: Sequence[str | Path], act: Callable[[int, str], No
         deadline = time.monotonic() + RUN_TIMEOUT_S
         try:
             while process.poll() is None and time.monotonic() < deadline:
-                for pid, title in set(_descendants(process.pid)) - seen:
+                for pid, title in set(descendants(process.pid)) - seen:
                     seen.add((pid, title))
                     with suppress(ProcessLookupError):
                         act(pid, title)
@@ -109,7 +109,7 @@ def kill_workers(
         try:
             for reached, title in victims:
                 while process.poll() is None and time.monotonic() < deadline:
-                    found = [(pid, t) for pid, t in _descendants(process.pid) if title in t] if reached() else []
+                    found = [(pid, t) for pid, t in descendants(process.pid) if title in t] if reached() else []
                     if found:
                         os.kill(found[0][0], signal.SIGKILL)
                         killed.append(found[0][1])
@@ -122,7 +122,7 @@ def kill_workers(
     return Finished(process.returncode, out, err), killed
 
 
-def _descendants(root: int) -> list[tuple[int, str]]:
+def descendants(root: int) -> list[tuple[int, str]]:
     """(pid, title) of all processes below ``root``, from /proc."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -167,6 +167,28 @@ def stop_when(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    return Finished(process.returncode, out, err)
+
+
+def act_when(
+    arguments: Sequence[str | Path], reached: Callable[[], bool], act: Callable[[], None], **env: str
+) -> Finished:
+    """Run the command to its end, and once ``reached`` do something to the world around it."""
+    with subprocess.Popen(
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment(**env),
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        try:
+            while not reached():
+                assert process.poll() is None, f"ended before it could be disturbed: {process.communicate()}"
+                assert time.monotonic() < deadline, "never reached the point where it was to be disturbed"
+                time.sleep(0.01)
+            act()
+            out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     return Finished(process.returncode, out, err)
 
 

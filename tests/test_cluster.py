@@ -14,14 +14,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from tests.conftest import SmallRun
-from tests.harness import SMALL_RUN, distill_ray, environment, only, write_config
+from tests.harness import SMALL_RUN, act_when, distill_ray, environment, epochs_done, only, write_config
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_TIMEOUT_S = 120
@@ -35,9 +37,17 @@ def _free_port() -> int:
         return port
 
 
+@dataclass(frozen=True)
+class TwoNodes:
+    """The head's address, and the process group of the second node."""
+
+    address: str
+    second: int
+
+
 @pytest.fixture
-def two_nodes() -> Iterator[str]:
-    """A head and a second node of one CPU each, as processes of this machine; gives the head's address."""
+def two_nodes() -> Iterator[TwoNodes]:
+    """A head and a second node of one CPU each, as processes of this machine."""
     address = f"127.0.0.1:{_free_port()}"
     # Of its own and short (sockets lie in it): `ray start` writes the cluster's address there for others to find.
     scratch = tempfile.mkdtemp(prefix="ray-")
@@ -61,10 +71,11 @@ def two_nodes() -> Iterator[str]:
             )  # fmt: skip
             _wait_for_port(address)  # the second node gives up at once where there is no head
         _wait_for_nodes(address, len(nodes))
-        yield address
+        yield TwoNodes(address, nodes[1].pid)
     finally:
         for node in nodes:
-            os.killpg(node.pid, signal.SIGKILL)  # `ray start --block` takes half a minute to end by itself
+            with suppress(ProcessLookupError):  # a test has killed it
+                os.killpg(node.pid, signal.SIGKILL)  # `ray start --block` takes half a minute to end by itself
             node.wait()
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -92,11 +103,11 @@ def _wait_for_nodes(address: str, count: int) -> None:
     assert seen.returncode == 0, seen.stderr
 
 
-def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Path, two_nodes: str) -> None:
+def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Path, two_nodes: TwoNodes) -> None:
     config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
-    done = distill_ray("run", config, "--out", out, "--json", RAY_ADDRESS=two_nodes, **TOKEN)
+    done = distill_ray("run", config, "--out", out, "--json", RAY_ADDRESS=two_nodes.address, **TOKEN)
     assert done.code == 0, done.stderr
-    assert f"Ray: {two_nodes}, 2 nodes, 2 CPUs, 0 GPUs" in done.stderr
+    assert f"Ray: {two_nodes.address}, 2 nodes, 2 CPUs, 0 GPUs" in done.stderr
     teacher = only(out, "artifacts/teacher-*")
     # One worker a node where there are no GPUs, one CPU and so one thread each.
     resolved = yaml.safe_load((teacher / "config.yaml").read_text())["resolved"]
@@ -107,6 +118,32 @@ def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Pat
     )
     assert np.allclose(here, there, rtol=1e-3)
     # The cluster outlives the command, and to whoever has no token it says so in one line.
-    refused = distill_ray("prepare", config, "data.seed=1", "--out", out, RAY_ADDRESS=two_nodes)
+    refused = distill_ray("prepare", config, "data.seed=1", "--out", out, RAY_ADDRESS=two_nodes.address)
     assert refused.code == 2, refused.stderr
     assert "RAY_AUTH_TOKEN" in refused.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_an_elastic_group_goes_on_with_the_node_that_is_left(tmp_path: Path, two_nodes: TwoNodes) -> None:
+    """Two workers on two nodes; one node is killed between epochs, and the other ends the training alone."""
+    longer = SMALL_RUN["teacher"] | {"train": SMALL_RUN["teacher"]["train"] | {"epochs": 40}}
+    config = write_config(tmp_path, SMALL_RUN | {"teacher": longer, "cluster": {"workers": [1, 2]}})
+    out = tmp_path / "runs"
+    recorded: list[dict[str, Any]] = []
+
+    def two_epochs_done() -> bool:
+        if epochs_done(out, "teacher") < 2:
+            return False
+        recorded.append(yaml.safe_load(only(out, "artifacts/teacher-*/config.yaml").read_text())["resolved"])
+        return True
+
+    done = act_when(
+        ["teacher", config, "--out", out, "--json"], two_epochs_done,
+        lambda: os.killpg(two_nodes.second, signal.SIGKILL), RAY_ADDRESS=two_nodes.address, **TOKEN,
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    assert [resolved["workers"] for resolved in recorded] == [2]
+    teacher = only(out, "artifacts/teacher-*")
+    assert json.loads((teacher / "summary.json").read_text())["workers"] == 1
+    epochs = [json.loads(line)["epoch"] for line in (teacher / "metrics.jsonl").read_text().splitlines()]
+    assert epochs == list(range(1, 41))

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.harness import descendants
+
 _SAMPLE_EVERY_S = 0.05
 _LOOK_FOR_PROCESSES_EVERY = 10  # samples
 
@@ -74,7 +76,7 @@ def peak_of_command(command: Sequence[str], env: Mapping[str, str], counts: Call
         sample = 0
         while process.poll() is None:
             if sample % _LOOK_FOR_PROCESSES_EVERY == 0:
-                workers |= {pid for pid, title in _below(process.pid) if counts(title)}
+                workers |= {pid for pid, title in descendants(process.pid) if counts(title)}
             peak.see(anonymous_bytes(process.pid) + sum(anonymous_bytes(pid) for pid in workers))
             sample += 1
             time.sleep(_SAMPLE_EVERY_S)
@@ -82,24 +84,3 @@ def peak_of_command(command: Sequence[str], env: Mapping[str, str], counts: Call
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {''.join(output)[-2000:]}")
     return peak.bytes, len(workers)
-
-
-def _below(root: int) -> list[tuple[int, str]]:
-    """(pid, title) of the processes below ``root``."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
-        except (OSError, IndexError):
-            continue  # ended meanwhile
-    below = {root}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
-    return [(pid, _title(pid)) for pid in below - {root}]
-
-
-def _title(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    except OSError:
-        return ""
