@@ -13,25 +13,11 @@ from torch import Tensor, nn
 from torchmetrics import KLDivergence, MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
-from distill_ray.precision import autocast
+from distill_ray.inference import logits_of
 from distill_ray.store.reader import SplitArrays
 
 ECE_BINS = 15
 _LATENCY_WARMUPS, _LATENCY_RUNS = 20, 200
-
-
-@torch.inference_mode()
-def logits_of(model: nn.Module, inputs: Tensor, batch_size: int, precision: str, device: torch.device) -> Tensor:
-    """Float32 logits [N, C] of raw ``inputs`` [N, *shape], on the CPU, model in eval mode."""
-    was_training = model.training
-    model.eval()
-    parts = []
-    for start in range(0, len(inputs), batch_size):
-        batch = inputs[start : start + batch_size].to(device)
-        with autocast(precision, device):
-            parts.append(model(batch).float().cpu())
-    model.train(was_training)
-    return torch.cat(parts)
 
 
 def quality(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor | None) -> dict[str, float | None]:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distill_ray import metrics, precision
+from distill_ray import precision
 from distill_ray.errors import UserError
+from distill_ray.inference import logits_of
 from distill_ray.models import load_model
 from distill_ray.storage import Folder
 from distill_ray.store import Store
@@ -48,7 +49,7 @@ def replay(labels: Store, data: Store, teacher: Folder, rows: int = SAMPLE_ROWS)
     used = _supported(manifest.precision, device)
     differences, agreed, wrong, count = 0.0, 0, [], 0
     for row_ids, inputs, stored_BC in _sample(labels, data, rows):
-        logits_BC = metrics.logits_of(model, torch.from_numpy(inputs), len(inputs), used, device).numpy()
+        logits_BC = logits_of(model, torch.from_numpy(inputs), len(inputs), used, device).numpy()
         computed_BC = np.maximum(logits_BC - logits_BC.max(axis=1, keepdims=True), np.finfo(np.float16).min)
         off_BC = np.abs(computed_BC - stored_BC)
         within_BC = off_BC <= _bound(stored_BC, manifest.precision, manifest.precision_check)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from distill_ray import metrics
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, KdLoss, TrainConfig, from_dict, to_dict
 from distill_ray.console import Reporter
+from distill_ray.inference import logits_of
 from distill_ray.models import ModelSpec, load_model
 from distill_ray.runtime import Session
 from distill_ray.sources import open_source
@@ -92,7 +92,7 @@ def _write_labels(data: Store, model: Stage, target: Stage) -> Store:
     records: list[ShardRecord] = []
     for record in data.manifest.shards:
         rows = data.data_shard(record)
-        logits = metrics.logits_of(network, torch.from_numpy(rows.inputs.copy()), 128, "fp32", _CPU)
+        logits = logits_of(network, torch.from_numpy(rows.inputs.copy()), 128, "fp32", _CPU)
         batch = shards.encode_logits(rows.row_ids, logits.numpy())
         records.append(shards.write(target.folder, record.split, record.index, batch, store=target.digest))
     manifest = LabelManifest(

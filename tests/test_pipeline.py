@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 import distill_ray
-from distill_ray import metrics
+from distill_ray.inference import logits_of
 from distill_ray.models.saved import ModelSpec
 from distill_ray.store import open_store, read_split
 from tests.conftest import SmallRun
@@ -131,7 +131,7 @@ def test_loaded_student_gives_the_logits_and_the_accuracy_of_the_table(small_run
         spec = ModelSpec.model_validate_json((Path(row["folder"]) / "model.json").read_bytes())
         rebuilt = spec.build()
         rebuilt.net.load_state_dict(load_file(Path(row["folder"]) / "model.safetensors"))
-        again = metrics.logits_of(rebuilt, torch.from_numpy(test.inputs), len(test), "fp32", torch.device("cpu"))
+        again = logits_of(rebuilt, torch.from_numpy(test.inputs), len(test), "fp32", torch.device("cpu"))
         assert torch.equal(logits, again)
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import yaml
+
 from distill_ray import artifacts
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, to_dict, to_yaml
@@ -87,6 +89,15 @@ class Context:
 def write_stage_config(target: Stage, section: dict[str, Any], resolved: dict[str, Any]) -> None:
     """``config.yaml`` of a stage folder: its part of the config, and what ``auto`` values became."""
     target.folder.write_text(CONFIG_FILE, to_yaml({"stage": target.name, "config": section, "resolved": resolved}))
+
+
+def recorded(folder: Folder) -> dict[str, Any]:
+    """What ``auto`` values became when this folder was started, and what else was noted; empty where it was not."""
+    try:
+        resolved = yaml.safe_load(folder.read_bytes(CONFIG_FILE))["resolved"]
+    except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError):
+        return {}
+    return resolved if isinstance(resolved, dict) else {}
 
 
 def tracking_id(folder: Folder) -> str:

@@ -12,13 +12,13 @@ from distill_ray.config import Config, digest_payload
 from distill_ray.errors import RunError
 from distill_ray.placing import Placement
 from distill_ray.stages import opening, prepare, teacher
-from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
-from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards, sweep_orphans
+from distill_ray.stages.context import Context, config_section, recorded, tracking_id, write_stage_config
+from distill_ray.stages.shard_job import ShardPlan, Written, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
 from distill_ray.store import LabelManifest, ShardCache, ShardRecord, open_store
 from distill_ray.store import manifest as manifests
 
-_CHECK_ROWS = 512  # of the first training shard, run in fp32 beside the resolved precision
+_CHECK_ROWS = 512  # of the first shard, run in fp32 beside the resolved precision
 
 
 def run(context: Context) -> Stage:
@@ -60,20 +60,25 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     records, todo = keep_finished(target, plans)
     nodes = context.session.start()
     placement = placing.independent(context.config.cluster, nodes, max(1, len(todo)))
+    before = recorded(target.folder)
+    check = before.get("precision_check")
     arguments: dict[str, Any] = {
-        "teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri,
-        "cache": opening.cache_of(context.config),
+        "teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri, "target": target,
+        "cache": opening.cache_of(context.config), "section": config_section(context.config, "labels"),
+        "precision": before.get("precision") or _asked(context, placement, len(nodes)), "threads": placement.cpus,
     }  # fmt: skip
-    check = _resolve(context, target, arguments, placement)
-    write_stage_config(target, config_section(context.config, "labels"), {"precision": check["precision"]})
-    arguments |= {
-        "folder": target.folder.uri, "precision": check["precision"], "threads": placement.cpus,
-        "batch_size": context.config.labels.batch_size, "store": target.digest,
-    }  # fmt: skip
+    _start_tracking(context, target, model)
     started = time.perf_counter()
-    fresh = _stream(context, todo, sum(r.rows for r in records), source.manifest.rows, arguments, placement)
+    # The first shard is compared with fp32. A job that was killed after its last shard makes the first one again.
+    items = [plan.item(record=plan.payload["record"], check=False) for plan in todo or plans[: check is None]]
+    if check is None:
+        items[0]["check"] = True
+    fresh, notes = _stream(context, items, sum(r.rows for r in records), source.manifest.rows, arguments, placement)
     seconds = time.perf_counter() - started
-    records = [*records, *fresh]
+    if notes:
+        before = {"precision": notes["precision"], "precision_check": notes["check"]}
+        write_stage_config(target, arguments["section"], before)
+    records = [*records, *(fresh if todo else [])]
     if sum(record.rows for record in records) != source.manifest.rows:
         raise RunError(
             f"label: {sum(r.rows for r in records)} rows were labelled, the data store has {source.manifest.rows}"
@@ -81,114 +86,120 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     manifest = LabelManifest(
         digest=target.digest, code_version=__version__, classes=source.manifest.classes,
         class_names=source.manifest.class_names, splits=manifests.split_records(records), data_digest=data.digest,
-        teacher_digest=model.digest, teacher_weights_sha256=weights_sha256(model), precision=check["precision"],
-        precision_check={key: check[key] for key in ("rows", "top1_agreement", "kl", "max_abs_difference")},
+        teacher_digest=model.digest, teacher_weights_sha256=arguments["weights"], precision=before["precision"],
+        precision_check=before["precision_check"],
     )  # fmt: skip
     standing = commit(target, manifest)
-    assert isinstance(standing, LabelManifest)
-    _log(context, target, standing, {"label_seconds": seconds, "label_rows": sum(r.rows for r in fresh)})
+    measured = {"label_seconds": seconds, "label_rows": sum(r.rows for r in fresh)}
+    context.tracker.finish(target.folder.name, {"rows": standing.rows, **manifest.precision_check, **measured})
+
+
+def _start_tracking(context: Context, target: Stage, model: Stage) -> None:
+    key = target.folder.name
+    config = config_section(context.config, "labels") | {"digest": target.digest, "teacher": model.digest}
+    context.tracker.start(key, run_id=tracking_id(target.folder), name=key, job_type="label", config=config)
 
 
 def _stream(
     context: Context,
-    todo: Sequence[ShardPlan],
+    items: Sequence[Mapping[str, Any]],
     done: int,
     total: int,
     arguments: Mapping[str, Any],
     placement: Placement,
-) -> list[ShardRecord]:
+) -> tuple[list[ShardRecord], dict[str, Any]]:
+    """The records of the shards, and what was noted of the one that was compared with fp32."""
     records: list[ShardRecord] = []
-    items = [plan.item(record=plan.payload["record"]) for plan in todo]
+    notes: dict[str, Any] = {}
+    arguments = {**arguments, "batch_size": context.config.labels.batch_size}
     with context.reporter.progress("label", total) as bar:
         bar.update(done, "rows")
         started, before = time.perf_counter(), done
-        for record in run_shards("label", items, Labeller, arguments, placement):
-            records.append(record)
-            done += record.rows
-            bar.update(done, f"rows  {(done - before) / (time.perf_counter() - started):,.0f} rows/s")
-    return records
+        for written in run_shards("label", items, Labeller, arguments, placement):
+            records.append(written.record)
+            notes |= written.notes
+            done += written.record.rows
+            bar.update(min(done, total), f"rows  {(done - before) / (time.perf_counter() - started):,.0f} rows/s")
+    return records, notes
 
 
-def _resolve(context: Context, target: Stage, arguments: dict[str, Any], placement: Placement) -> dict[str, Any]:
-    """Resolve the precision where the labelling will run, and compare it with fp32 on a sample."""
+def _asked(context: Context, placement: Placement, nodes: int) -> str:
+    """The precision to label in. On one node each actor finds what ``auto`` means there; several nodes may differ."""
+    asked = context.config.labels.precision
+    if asked != "auto" or nodes == 1:
+        return asked
     import ray
 
-    task = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=3)(check_precision)
+    task = ray.remote(num_cpus=placement.cpus, num_gpus=placement.gpus, max_retries=3)(_resolve)
     try:
-        answer: dict[str, Any] = ray.get(task.remote(target.folder, context.config.labels.precision, **arguments))
+        return str(ray.get(task.remote(asked)))
     except Exception as error:
         raise runtime.as_run_error("label", error) from error
-    return answer
 
 
-def check_precision(
-    folder: Folder, asked: Any, teacher: str, weights: str, data: str, cache: ShardCache
-) -> dict[str, Any]:
-    """Runs on a worker: the resolved precision, and its agreement with fp32 and KL(fp32 || resolved) on a sample."""
-    import torch
-    from torchmetrics import KLDivergence
-    from torchmetrics.classification import MulticlassAccuracy
+def _resolve(asked: Any) -> str:
+    from distill_ray import precision
 
-    from distill_ray.metrics import logits_of
-    from distill_ray.models import load_model
-    from distill_ray.stages import model_folder
-
-    device = runtime.worker_device()
-    resolved = model_folder.resolve_precision(folder, asked, device)
-    model = load_model(Folder(teacher), expected_sha256=weights).to(device)
-    store = open_store(Folder(data), cache)
-    inputs = store.data_shard(store.manifest.splits["train"].shards[0]).inputs[:_CHECK_ROWS]
-    rows = torch.from_numpy(inputs.copy())  # the shard is mapped read-only
-    exact, used = (logits_of(model, rows, _CHECK_ROWS, p, device) for p in ("fp32", resolved))
-    agreement = MulticlassAccuracy(store.manifest.classes, average="micro", sync_on_compute=False)
-    kl = KLDivergence(log_prob=True, sync_on_compute=False)
-    shift = (exact - exact.max(1, keepdim=True).values) - (used - used.max(1, keepdim=True).values)
-    return {
-        "precision": resolved, "rows": float(len(rows)), "top1_agreement": float(agreement(used, exact.argmax(1))),
-        "kl": max(0.0, float(kl(exact.log_softmax(1), used.log_softmax(1)))), "max_abs_difference":
-        float(shift.abs().max()),
-    }  # fmt: skip
+    return precision.resolve(asked, runtime.worker_device())
 
 
 class Labeller:
     """A labelling actor: holds the teacher, turns one data shard at a time into its label shard."""
 
     def __init__(
-        self, teacher: str, weights: str, data: str, cache: ShardCache, folder: str, precision: str, threads: int,
-        batch_size: int, store: str,
+        self, teacher: str, weights: str, data: str, cache: ShardCache, target: Stage, section: dict[str, Any],
+        precision: Any, threads: int, batch_size: int,
     ) -> None:  # fmt: skip
         import torch
 
         from distill_ray.memory import keep_freed_memory
         from distill_ray.models import load_model
-        from distill_ray.precision import cast_weights, exact_fp32
+        from distill_ray.precision import cast_weights, exact_fp32, resolve
 
         keep_freed_memory()
         exact_fp32()
         torch.set_num_threads(threads)
         self._device = runtime.worker_device()
-        self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)
-        cast_weights(self._model, precision)
-        self._data, self._folder = open_store(Folder(data), cache), Folder(folder)
-        self._precision, self._batch_size, self._store = precision, batch_size, store
+        self._precision = resolve(precision, self._device)
+        if not recorded(target.folder):  # before the first shard: a job that continues obeys it
+            write_stage_config(target, section, {"precision": self._precision})
+        self._teacher, self._weights = Folder(teacher), weights
+        self._model = load_model(self._teacher, expected_sha256=weights).to(self._device)
+        cast_weights(self._model, self._precision)
+        self._data, self._target, self._batch_size = open_store(Folder(data), cache), target, batch_size
 
-    def __call__(self, item: Mapping[str, Any]) -> ShardRecord:
-        """Read, infer, write; the record of the written shard."""
+    def __call__(self, item: Mapping[str, Any]) -> Written:
+        """Read, infer, write; the record of the written shard, with a comparison with fp32 where ``check`` says so."""
         import torch
 
-        from distill_ray.metrics import logits_of
+        from distill_ray.inference import logits_of
         from distill_ray.store import shards
 
         record = ShardRecord.model_validate(item["record"])
         rows = self._data.data_shard(record)
         inputs = torch.from_numpy(rows.inputs.copy())  # the shard is mapped read-only
         logits = logits_of(self._model, inputs, self._batch_size, self._precision, self._device)
+        notes = {"precision": self._precision, "check": self._compared(inputs, logits)} if item["check"] else {}
         batch = shards.encode_logits(rows.row_ids, logits.numpy())
-        return shards.write(self._folder, record.split, record.index, batch, store=self._store)
+        written = shards.write(self._target.folder, record.split, record.index, batch, store=self._target.digest)
+        return Written(written, notes)
 
+    def _compared(self, inputs: Any, logits: Any) -> dict[str, float]:
+        """Agreement of the first rows' logits with fp32, KL(fp32 || resolved), and the largest difference."""
+        from torchmetrics import KLDivergence
+        from torchmetrics.classification import MulticlassAccuracy
 
-def _log(context: Context, target: Stage, manifest: LabelManifest, measured: Mapping[str, float]) -> None:
-    key = target.folder.name
-    config = config_section(context.config, "labels") | {"digest": target.digest, "teacher": manifest.teacher_digest}
-    context.tracker.start(key, run_id=tracking_id(target.folder), name=key, job_type="label", config=config)
-    context.tracker.finish(key, {"rows": manifest.rows, **manifest.precision_check, **measured})
+        from distill_ray.inference import logits_of
+        from distill_ray.models import load_model
+
+        rows, used = inputs[:_CHECK_ROWS], logits[:_CHECK_ROWS]
+        uncast = load_model(self._teacher, expected_sha256=self._weights).to(self._device)
+        exact = logits_of(uncast, rows, self._batch_size, "fp32", self._device)
+        agreement = MulticlassAccuracy(used.shape[1], average="micro", sync_on_compute=False)
+        kl = KLDivergence(log_prob=True, sync_on_compute=False)
+        shift = (exact - exact.max(1, keepdim=True).values) - (used - used.max(1, keepdim=True).values)
+        return {
+            "rows": float(len(rows)), "top1_agreement": float(agreement(used, exact.argmax(1))),
+            "kl": max(0.0, float(kl(exact.log_softmax(1), used.log_softmax(1)))),
+            "max_abs_difference": float(shift.abs().max()),
+        }  # fmt: skip

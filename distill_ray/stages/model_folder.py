@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import yaml
 
 from distill_ray import metrics, precision
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
@@ -15,7 +14,7 @@ from distill_ray.footprint import step_bytes
 from distill_ray.models import ModelSpec, finished_weights, load_model
 from distill_ray.models.classifier import count_parameters
 from distill_ray.placing import Placement
-from distill_ray.stages.context import CONFIG_FILE
+from distill_ray.stages.context import recorded
 from distill_ray.storage import Folder
 from distill_ray.store import DataManifest, SplitArrays, Store, StoredSplit, read_shards, read_split
 from distill_ray.training import FitResult, FitSpec
@@ -45,16 +44,7 @@ def student_spec(
 
 def resolve_precision(folder: Folder, asked: PrecisionName, device: torch.device) -> str:
     """The precision that this folder was started with; at its first start, what ``asked`` means on this device."""
-    recorded = _recorded(folder, "precision")
-    return recorded if recorded is not None else precision.resolve(asked, device)
-
-
-def _recorded(folder: Folder, key: str) -> str | None:
-    """What an ``auto`` value became when this folder was started; None where it was not."""
-    try:
-        return str(yaml.safe_load(folder.read_bytes(CONFIG_FILE))["resolved"][key])
-    except (FileNotFoundError, yaml.YAMLError, KeyError, TypeError):
-        return None
+    return recorded(folder).get("precision") or precision.resolve(asked, device)
 
 
 def check_model(key: str, data: DataManifest, section: TeacherConfig | StudentConfig, placement: Placement) -> None:
@@ -88,9 +78,8 @@ def open_split(
 
 def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Store | None, room_bytes: float) -> str:
     """How this folder was started; at its first start ``whole`` where all rows fit in half of ``room_bytes``."""
-    recorded = _recorded(folder, "shuffle")
-    if recorded is not None:
-        return recorded
+    if before := recorded(folder).get("shuffle"):
+        return str(before)
     if train.shuffle != "auto":
         return train.shuffle
     stores = [data] if labels is None else [data, labels]

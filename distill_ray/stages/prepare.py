@@ -14,9 +14,9 @@ from distill_ray.errors import RunError, UserError
 from distill_ray.sources import SPLITS, SourceInfo, open_source
 from distill_ray.stages import opening
 from distill_ray.stages.context import Context
-from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards, sweep_orphans
+from distill_ray.stages.shard_job import ShardPlan, Written, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
-from distill_ray.store import DataManifest, ShardRecord, shards
+from distill_ray.store import DataManifest, shards
 from distill_ray.store import manifest as manifests
 
 
@@ -48,9 +48,9 @@ def _make(context: Context, target: Stage) -> None:
     context.session.start()
     with context.reporter.progress("prepare", info_rows := sum(plan.rows for plan in plans)) as bar:
         done = sum(record.rows for record in records)
-        for record in run_shards("prepare", items, _write_shard, arguments):
-            records.append(record)
-            done += record.rows
+        for written in run_shards("prepare", items, _write_shard, arguments):
+            records.append(written.record)
+            done += written.record.rows
             bar.update(done, "rows")
     if sum(record.rows for record in records) != info_rows:
         raise RunError(f"prepare: {sum(r.rows for r in records)} rows were written, {info_rows} are in the source")
@@ -75,13 +75,14 @@ def _plan(config: Config, info: SourceInfo) -> list[ShardPlan]:
     return plans
 
 
-def _write_shard(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> ShardRecord:
+def _write_shard(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> Written:
     """Runs in a Ray Data task: read the rows from the source, write one shard."""
     config = from_dict(arguments["config"])
     examples = open_source(config.data).read(np.asarray(item["indices"], dtype=np.int64))
     row_ids = np.arange(item["first_id"], item["first_id"] + len(examples.labels), dtype=np.int64)
     batch = shards.encode_data(row_ids, examples.inputs, examples.labels, examples.source_ids)
-    return shards.write(Folder.at(arguments["folder"]), item["split"], item["index"], batch, store=arguments["store"])
+    folder = Folder.at(arguments["folder"])
+    return Written(shards.write(folder, item["split"], item["index"], batch, store=arguments["store"]))
 
 
 def _check_contract(config: Config, info: SourceInfo) -> None:

@@ -47,6 +47,14 @@ class ShardPlan:
         return (record.first_id, record.last_id, record.rows) == (self.first_id, last_id, self.rows)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What the work on one shard gives: the record for the manifest, and what else there is to tell, JSON-able."""
+
+    record: ShardRecord
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
 def keep_finished(target: Stage, plans: Sequence[ShardPlan]) -> tuple[list[ShardRecord], list[ShardPlan]]:
     """Divide the plans into those whose whole shard an earlier, killed job left in the folder, and the rest."""
     folder = target.folder
@@ -91,13 +99,13 @@ def _whole_shard(target: Stage, names: Sequence[str], plan: ShardPlan, trusted: 
 def run_shards(
     stage: str,
     items: Sequence[Mapping[str, Any]],
-    work: Callable[..., ShardRecord] | type,
+    work: Callable[..., Written] | type,
     arguments: Mapping[str, Any],
     placement: Placement | None = None,
-) -> Iterator[ShardRecord]:
-    """Stream the items through ``work`` on the cluster and yield each shard's record as it is finished.
+) -> Iterator[Written]:
+    """Stream the items through ``work`` on the cluster and yield what each shard gives as it is finished.
 
-    ``work`` is a function ``(item, arguments) -> record`` run as tasks, or a class run as a pool of actors placed by
+    ``work`` is a function ``(item, arguments) -> Written`` run as tasks, or a class run as a pool of actors placed by
     ``placement``, made with ``arguments`` and called with an item.
 
     Raises:
@@ -130,7 +138,7 @@ def run_shards(
 class _Task:
     """A function over items, as Ray Data tasks."""
 
-    def __init__(self, work: Callable[..., ShardRecord], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, work: Callable[..., Written], arguments: Mapping[str, Any]) -> None:
         self._work, self._arguments = work, arguments
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
@@ -141,16 +149,27 @@ class _Actor:
     """A class over items, one instance an actor."""
 
     def __init__(self, work: type, arguments: Mapping[str, Any]) -> None:
-        self._work = work(**arguments)
+        try:
+            self._work = work(**arguments)
+        except Exception as error:  # told with the first item: Ray Data would try to start another actor
+            self._work = _raiser(error)
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
         return _packed(lambda: self._work(item))
 
 
-def _packed(work: Callable[[], ShardRecord]) -> dict[str, str]:
+def _raiser(error: Exception) -> Callable[[Any], Written]:
+    def work(item: Any) -> Written:
+        raise error
+
+    return work
+
+
+def _packed(work: Callable[[], Written]) -> dict[str, str]:
     """The record, or what went wrong, as a row: Ray Data wraps exceptions and loses their cause on the way."""
     try:
-        return {"record": work().model_dump_json(), "error": ""}
+        written = work()
+        return {"record": written.record.model_dump_json(), "notes": json.dumps(dict(written.notes)), "error": ""}
     except Exception as error:
         told = isinstance(error, DistillRayError)
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
@@ -161,12 +180,12 @@ def _packed(work: Callable[[], ShardRecord]) -> dict[str, str]:
             "message": str(error) if told else f"{place}{reason or type(error).__name__}",
             "trace": traceback.format_exc(),
         }
-        return {"record": "", "error": json.dumps(problem)}
+        return {"record": "", "notes": "", "error": json.dumps(problem)}
 
 
-def _unpacked(stage: str, row: Mapping[str, str]) -> ShardRecord:
+def _unpacked(stage: str, row: Mapping[str, str]) -> Written:
     if not row["error"]:
-        return ShardRecord.model_validate_json(row["record"])
+        return Written(ShardRecord.model_validate_json(row["record"]), json.loads(row["notes"]))
     problem = json.loads(row["error"])
     if problem["user"]:
         failure: DistillRayError = UserError(f"{stage}: {problem['message']}")
