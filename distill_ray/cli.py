@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from distill_ray.console import Reporter
     from distill_ray.stages.context import Context
 
+_STARTED = time.perf_counter()
 
 app = typer.Typer(
     name="distill-ray", add_completion=False, pretty_exceptions_enable=False,
@@ -38,6 +40,7 @@ OutOption = Annotated[str, typer.Option("--out", help="Folder or URI that runs a
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show stack traces and Ray's own log.")]
+ProfileOption = Annotated[bool, typer.Option("--profile", help="End with a table of where the time went.")]
 AllowImportOption = Annotated[
     bool, typer.Option("--allow-import", help="Permit code that the config names by import path.")
 ]
@@ -49,6 +52,7 @@ class _Options:
     quiet: bool
     json: bool
     debug: bool
+    profile: bool
 
 
 def _command(name: str, text: str, work: Callable[[Context], dict[str, Any]]) -> None:
@@ -62,14 +66,19 @@ def _command(name: str, text: str, work: Callable[[Context], dict[str, Any]]) ->
         json_output: JsonOption = False,
         debug: DebugOption = False,
         allow_import: AllowImportOption = False,
+        profile: ProfileOption = False,
     ) -> None:
         os.environ["DISTILL_RAY_DEBUG"] = "1" if debug else ""  # runtime.DEBUG_VARIABLE; not imported yet
-        options = _Options(out, quiet, json_output, debug)
+        options = _Options(out, quiet, json_output, debug, profile)
         try:
             with _context(config, overrides or [], options) as context:
                 answer = work(context)
+                over = time.perf_counter()
         except KeyboardInterrupt:
             raise Interrupted("interrupted; what is finished is kept, the same command continues") from None
+        if profile:
+            context.profile.add_stage("end of Ray", time.perf_counter() - over)
+            answer["profile"] = [*context.profile.rows, context.profile.total(time.perf_counter() - _STARTED)]
         # Ray is gone by now: nothing of it can follow the last line.
         _show(answer, options)
 
@@ -123,9 +132,11 @@ def _stage(name: str) -> Callable[[Context], dict[str, Any]]:
 
 
 def _show(answer: dict[str, Any], options: _Options) -> None:
-    from distill_ray.console import results_table
+    from distill_ray.console import profile_table, results_table
 
     title = answer.pop("table", None)
+    if not options.quiet and options.profile:
+        profile_table(answer["profile"])
     if not options.quiet:
         if title is not None:
             results_table(title, answer["rows"])

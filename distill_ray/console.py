@@ -123,6 +123,21 @@ def results_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     console.print(table)
 
 
+def profile_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print where the time went, a row a stage, on stdout."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=_LOG_WIDTH)
+    table = Table(title="seconds, mean over workers side by side", title_justify="left", header_style="bold")
+    for number, key in enumerate(rows[0]):
+        table.add_column(key, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        if row is rows[-1]:
+            table.add_section()
+        table.add_row(*(value if isinstance(value, str) else f"{value:.1f}" for value in row.values()))
+    console.print(table)
+
+
 def _table(title: str, rows: Sequence[Mapping[str, Any]], without: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("model", overflow="fold")

@@ -96,6 +96,11 @@ class Session:
         """Whether a stage has needed Ray so far."""
         return self._nodes is not None
 
+    @property
+    def cpus(self) -> int:
+        """Of all nodes; 1 before a stage has needed Ray."""
+        return max(1, int(sum(node.cpus for node in self._nodes or ())))
+
     def close(self) -> None:
         """Leave the cluster, ending a private one."""
         if "ray" in sys.modules:

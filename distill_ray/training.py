@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from distill_ray import checkpoints, losses, order, precision
+from distill_ray import checkpoints, losses, order, precision, profiling
 from distill_ray.artifacts import METRICS_FILE, History, best_epoch, is_over
 from distill_ray.checkpoints import Checkpoint, Unfinished
 from distill_ray.config import CeLoss, KdLoss, TrainConfig
@@ -98,12 +98,17 @@ def fit(
     while not is_over(state.history, spec.train.epochs, spec.train.early_stop_epochs):
         epoch = len(state.history) + 1
         try:
-            row = _train_epoch(state, rows, epoch) | _validate(state, held_out)
+            with profiling.phase("compute"):
+                row = _train_epoch(state, rows, epoch)
+            with profiling.phase("evaluation"):
+                row |= _validate(state, held_out)
         except RuntimeError as error:
             raise _as_out_of_memory(error, spec.train) from None
-        state.finish_epoch(epoch, row, folder)
+        with profiling.phase("checkpoints"):
+            state.finish_epoch(epoch, row, folder)
         on_epoch(row)
-    return export_best(spec.model, folder) if worker.rank == 0 else None
+    with profiling.phase("checkpoints"):
+        return export_best(spec.model, folder) if worker.rank == 0 else None
 
 
 def export_best(model: ModelSpec, folder: Folder) -> FitResult:
@@ -265,7 +270,8 @@ def _train_epoch(state: _State, rows: Rows, epoch: int) -> dict[str, float]:
             _refuse_divergence(state, epoch, sums.first_bad)
             spent = time.perf_counter() - started + (before.seconds if before is not None else 0.0)
             unfinished = Unfinished(index + 1, sums.over_all_workers(worker), sums.labelled, spent)
-            state.save(epoch - 1, unfinished)
+            with profiling.phase("checkpoints"):
+                state.save(epoch - 1, unfinished)
     _refuse_divergence(state, epoch, sums.first_bad)
     total, ce, kd = sums.over_all_workers(worker)
     seconds = time.perf_counter() - started + (before.seconds if before is not None else 0.0)

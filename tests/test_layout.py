@@ -16,8 +16,8 @@ ROOT = Path(distill_ray.__file__).parent
 # From the bottom up: a module may import those before it, never those after it.
 LAYERS = (
     "errors", "config", "storage", "artifacts", "sources", "models", "losses", "precision", "inference", "memory",
-    "evidence", "console", "store", "metrics", "replay", "order", "rows", "checkpoints", "optimizing", "footprint",
-    "training", "tracking", "placing", "runtime", "stages", "cli",
+    "profiling", "evidence", "console", "store", "metrics", "replay", "order", "rows", "checkpoints", "optimizing",
+    "footprint", "training", "tracking", "placing", "runtime", "stages", "cli",
 )  # fmt: skip
 RAY_MODULES = ("runtime", "stages")
 

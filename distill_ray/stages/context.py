@@ -15,6 +15,7 @@ from distill_ray import artifacts
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, to_dict, to_yaml
 from distill_ray.console import Reporter
+from distill_ray.profiling import Table
 from distill_ray.runtime import Session
 from distill_ray.storage import Folder
 from distill_ray.tracking import Tracker
@@ -49,6 +50,7 @@ class Context:
     session: Session
     tracker: Tracker
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    profile: Table = field(default_factory=Table)
 
     def once(
         self, stage_name: str, target: Stage, is_whole: Callable[[Stage], bool], work: Callable[[], None]
@@ -68,11 +70,12 @@ class Context:
     @contextmanager
     def timed(self, stage_name: str, target: Stage, role: str | None = None, seed: int | None = None) -> Iterator[None]:
         """Record the stage as ``ran`` with its wall-clock seconds, if it does not fail."""
-        started = time.perf_counter()
         self.announce_ray()
+        started = time.perf_counter()
         self.reporter.line(f"{stage_name}: {target.folder.name}")
         yield
         seconds = round(time.perf_counter() - started, 3)
+        self.profile.add_stage(stage_name, seconds)
         self.outcomes[target.digest] = Outcome(stage_name, str(target.folder), seconds, "ran", role, seed)
 
     def reused(self, stage_name: str, target: Stage, role: str | None = None, seed: int | None = None) -> None:
@@ -83,7 +86,9 @@ class Context:
     def announce_ray(self) -> None:
         """Start Ray where no stage has yet, and say where it is."""
         if not self.session.started:
+            started = time.perf_counter()
             self.reporter.line(self.session.describe())
+            self.profile.add_stage("start of Ray", time.perf_counter() - started)
 
 
 def write_stage_config(target: Stage, section: dict[str, Any], resolved: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distill_ray import __version__, artifacts, placing, runtime
+from distill_ray import __version__, artifacts, placing, profiling, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, digest_payload
 from distill_ray.errors import RunError
@@ -115,11 +115,14 @@ def _stream(
     with context.reporter.progress("label", total) as bar:
         bar.update(done, "rows")
         started, before = time.perf_counter(), done
+        asked_at, profiles = time.time(), []
         for written in run_shards("label", items, Labeller, arguments, placement):
             records.append(written.record)
+            profiles.append(written.notes.pop("profile"))
             notes |= written.notes
             done += written.record.rows
             bar.update(min(done, total), f"rows  {(done - before) / (time.perf_counter() - started):,.0f} rows/s")
+    context.profile.add_workers("label", asked_at, profiles, placement.workers)
     return records, notes
 
 
@@ -150,6 +153,7 @@ class Labeller:
         self, teacher: str, weights: str, data: str, cache: ShardCache, target: Stage, section: dict[str, Any],
         precision: Any, threads: int, batch_size: int,
     ) -> None:  # fmt: skip
+        self._born = profiling.Profile()
         import torch
 
         from distill_ray.memory import keep_freed_memory
@@ -167,6 +171,7 @@ class Labeller:
         self._model = load_model(self._teacher, expected_sha256=weights).to(self._device)
         cast_weights(self._model, self._precision)
         self._data, self._target, self._batch_size = open_store(Folder(data), cache), target, batch_size
+        self._born.seconds["start-up"] = time.time() - self._born.began
 
     def __call__(self, item: Mapping[str, Any]) -> Written:
         """Read, infer, write; the record of the written shard, with a comparison with fp32 where ``check`` says so."""
@@ -176,13 +181,22 @@ class Labeller:
         from distill_ray.store import shards
 
         record = ShardRecord.model_validate(item["record"])
-        rows = self._data.data_shard(record)
-        inputs = torch.from_numpy(rows.inputs.copy())  # the shard is mapped read-only
-        logits = logits_of(self._model, inputs, self._batch_size, self._precision, self._device)
-        notes = {"precision": self._precision, "check": self._compared(inputs, logits)} if item["check"] else {}
-        batch = shards.encode_logits(rows.row_ids, logits.numpy())
-        written = shards.write(self._target.folder, record.split, record.index, batch, store=self._target.digest)
-        return Written(written, notes)
+        notes: dict[str, Any] = {}
+        with profiling.measured() as profile:
+            profile.began, profile.seconds, self._born = self._born.began, self._born.seconds, profiling.Profile()
+            with profiling.phase("reading"):
+                rows = self._data.data_shard(record)
+                inputs = torch.from_numpy(rows.inputs.copy())  # the shard is mapped read-only
+            with profiling.phase("compute"):
+                logits = logits_of(self._model, inputs, self._batch_size, self._precision, self._device)
+            if item["check"]:
+                with profiling.phase("evaluation"):
+                    notes |= {"precision": self._precision, "check": self._compared(inputs, logits)}
+            with profiling.phase("writing"):
+                batch = shards.encode_logits(rows.row_ids, logits.numpy())
+                folder, digest = self._target.folder, self._target.digest
+                written = shards.write(folder, record.split, record.index, batch, store=digest)
+        return Written(written, notes | {"profile": profile.to_json()})
 
     def _compared(self, inputs: Any, logits: Any) -> dict[str, float]:
         """Agreement of the first rows' logits with fp32, KL(fp32 || resolved), and the largest difference."""

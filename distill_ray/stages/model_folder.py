@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distill_ray import metrics, precision
+from distill_ray import metrics, precision, profiling
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
 from distill_ray.config import CeLoss, KdLoss, PrecisionName, StudentConfig, TeacherConfig, TrainConfig
 from distill_ray.errors import UserError
@@ -71,9 +71,10 @@ def open_split(
     data: Store, split: str, labels: Store | None, train: TrainConfig, shuffle: str
 ) -> SplitArrays | StoredSplit:
     """The rows of a split: in memory, or in their shards where ``shuffle`` is ``window``."""
-    if shuffle == "window":
-        return StoredSplit(data, split, labels, train.window_rows)
-    return read_split(data, split, labels)
+    with profiling.phase("reading"):
+        if shuffle == "window":
+            return StoredSplit(data, split, labels, train.window_rows)
+        return read_split(data, split, labels)
 
 
 def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Store | None, room_bytes: float) -> str:
@@ -97,10 +98,11 @@ def finish(
     """
     if finished_weights(folder) is not None:
         return
-    model = load_model(folder, expected_sha256=result.weights_sha256).to(device)
-    quality = metrics.evaluate(model, read_shards(data, "test", labels), _EVALUATION_BATCH, "fp32", device)
-    one_row = torch.from_numpy(next(read_shards(data, "test")).inputs[:1].copy())
-    latency = metrics.latency_ms(model, one_row, device)
+    with profiling.phase("evaluation"):
+        model = load_model(folder, expected_sha256=result.weights_sha256).to(device)
+        quality = metrics.evaluate(model, read_shards(data, "test", labels), _EVALUATION_BATCH, "fp32", device)
+        one_row = torch.from_numpy(next(read_shards(data, "test")).inputs[:1].copy())
+        latency = metrics.latency_ms(model, one_row, device)
     best = result.history[result.best_epoch - 1]
     summary = {
         **quality,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from distill_ray import __version__, artifacts
+from distill_ray import __version__, artifacts, profiling
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
@@ -48,10 +49,13 @@ def _make(context: Context, target: Stage) -> None:
     context.session.start()
     with context.reporter.progress("prepare", info_rows := sum(plan.rows for plan in plans)) as bar:
         done = sum(record.rows for record in records)
+        asked_at, profiles = time.time(), []
         for written in run_shards("prepare", items, _write_shard, arguments):
             records.append(written.record)
+            profiles.append(written.notes["profile"])
             done += written.record.rows
             bar.update(done, "rows")
+    context.profile.add_workers("prepare", asked_at, profiles, context.session.cpus)
     if sum(record.rows for record in records) != info_rows:
         raise RunError(f"prepare: {sum(r.rows for r in records)} rows were written, {info_rows} are in the source")
     manifest = DataManifest(
@@ -78,11 +82,15 @@ def _plan(config: Config, info: SourceInfo) -> list[ShardPlan]:
 def _write_shard(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> Written:
     """Runs in a Ray Data task: read the rows from the source, write one shard."""
     config = from_dict(arguments["config"])
-    examples = open_source(config.data).read(np.asarray(item["indices"], dtype=np.int64))
-    row_ids = np.arange(item["first_id"], item["first_id"] + len(examples.labels), dtype=np.int64)
-    batch = shards.encode_data(row_ids, examples.inputs, examples.labels, examples.source_ids)
-    folder = Folder.at(arguments["folder"])
-    return Written(shards.write(folder, item["split"], item["index"], batch, store=arguments["store"]))
+    with profiling.measured() as profile:
+        with profiling.phase("reading"):
+            examples = open_source(config.data).read(np.asarray(item["indices"], dtype=np.int64))
+        row_ids = np.arange(item["first_id"], item["first_id"] + len(examples.labels), dtype=np.int64)
+        with profiling.phase("writing"):
+            batch = shards.encode_data(row_ids, examples.inputs, examples.labels, examples.source_ids)
+            folder = Folder.at(arguments["folder"])
+            record = shards.write(folder, item["split"], item["index"], batch, store=arguments["store"])
+    return Written(record, {"profile": profile.to_json()})
 
 
 def _check_contract(config: Config, info: SourceInfo) -> None:

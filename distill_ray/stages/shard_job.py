@@ -52,7 +52,7 @@ class Written:
     """What the work on one shard gives: the record for the manifest, and what else there is to tell, JSON-able."""
 
     record: ShardRecord
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 def keep_finished(target: Stage, plans: Sequence[ShardPlan]) -> tuple[list[ShardRecord], list[ShardPlan]]:
@@ -169,7 +169,7 @@ def _packed(work: Callable[[], Written]) -> dict[str, str]:
     """The record, or what went wrong, as a row: Ray Data wraps exceptions and loses their cause on the way."""
     try:
         written = work()
-        return {"record": written.record.model_dump_json(), "notes": json.dumps(dict(written.notes)), "error": ""}
+        return {"record": written.record.model_dump_json(), "notes": json.dumps(written.notes), "error": ""}
     except Exception as error:
         told = isinstance(error, DistillRayError)
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""

@@ -6,6 +6,7 @@ so that no latency is measured while another model trains.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from distill_ray import artifacts, placing, runtime
+from distill_ray import artifacts, placing, profiling, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, KdLoss, LossConfig, digest_payload, from_dict, to_dict
 from distill_ray.placing import Placement
@@ -95,17 +96,23 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
     model_folder.check_model("student", source.data_manifest, context.config.student, placement)
     options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_retries": _MAX_RETRIES}
     before = {student.stage.digest: len(progress.read_history(student.stage.folder)) for student in todo}
+    started, asked_at = time.perf_counter(), time.time()
     jobs = {student.stage.digest: _job(context.config, data, labels, student, placement) for student in todo}
     try:
         fit_task = ray.remote(**options)(train_student)
         running = {fit_task.remote(jobs[student.stage.digest]): student for student in todo}
         _follow(context, running)
+        at_once = max(1, min(len(todo), context.session.cpus // placement.cpus))
+        context.profile.add_workers("student", asked_at, ray.get(list(running)), at_once)
         finish_task = ray.remote(**options)(finish_student)
         for student in todo:  # one at a time: latency is measured alone
-            seconds = ray.get(finish_task.remote(jobs[student.stage.digest]))
+            asked_at = time.time()
+            profile, seconds = ray.get(finish_task.remote(jobs[student.stage.digest]))
+            context.profile.add_workers("student", asked_at, [profile], 1)
             _record(context, student, before[student.stage.digest], seconds)
     except Exception as error:
         raise runtime.as_run_error("student", error) from error
+    context.profile.add_stage("student", time.perf_counter() - started)
 
 
 def _job(config: Config, data: Stage, labels: Stage, student: Student, placement: Placement) -> dict[str, Any]:
@@ -158,10 +165,17 @@ def _record(context: Context, student: Student, epochs_before: int, finish_secon
     context.reporter.line(f"student: {student.stage.folder.name} ({student.title}): test accuracy {accuracy}")
 
 
-def train_student(job: Mapping[str, Any]) -> None:
-    """Runs in a Ray task: train one student to its last epoch, from wherever its folder stands."""
-    from distill_ray.stages import model_folder
-    from distill_ray.training import Worker, fit
+def train_student(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Runs in a Ray task: train one student to its last epoch, from wherever its folder stands; where the time went."""
+    with profiling.measured() as profile:
+        _train_student(job)
+    return profile.to_json()
+
+
+def _train_student(job: Mapping[str, Any]) -> None:
+    with profiling.phase("start-up"):
+        from distill_ray.stages import model_folder
+        from distill_ray.training import Worker, fit
 
     config, target, device = _unpack(job)
     data, labels = _stores(config, job)
@@ -174,14 +188,19 @@ def train_student(job: Mapping[str, Any]) -> None:
     fit(spec, splits[0], splits[1], target.folder, Worker(threads=job["threads"], device=device))
 
 
-def finish_student(job: Mapping[str, Any]) -> float:
-    """Runs in a Ray task, alone: test metrics and latency of a trained student; returns the seconds it took."""
-    import time
-
-    from distill_ray.stages import model_folder
-    from distill_ray.training import export_best
-
+def finish_student(job: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
+    """Runs in a Ray task, alone: test metrics and latency of a trained student; where the time went, and how much."""
     started = time.perf_counter()
+    with profiling.measured() as profile:
+        _finish_student(job)
+    return profile.to_json(), time.perf_counter() - started
+
+
+def _finish_student(job: Mapping[str, Any]) -> None:
+    with profiling.phase("start-up"):
+        from distill_ray.stages import model_folder
+        from distill_ray.training import export_best
+
     config, target, device = _unpack(job)
     data, labels = _stores(config, job)
     spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
@@ -192,7 +211,6 @@ def finish_student(job: Mapping[str, Any]) -> float:
     }  # fmt: skip
     result = export_best(spec.model, target.folder)
     model_folder.finish(target.folder, result, data, labels, device, extra)
-    return time.perf_counter() - started
 
 
 def _unpack(job: Mapping[str, Any]) -> tuple[Config, Stage, Any]:

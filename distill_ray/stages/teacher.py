@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 import tempfile
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill_ray import artifacts, placing, runtime
+from distill_ray import artifacts, placing, profiling, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import DistillRayError, RunError, UserError
@@ -17,7 +19,7 @@ from distill_ray.stages import opening, prepare, progress
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
-_FAILURE_FILE = "failure.json"
+_FAILURE_FILE, _PROFILE_FILE = "failure.json", "profile.json"
 _POLL_S = 0.3
 _COLLECTIVE_TIMEOUT_S = 600  # for a rank that hangs; one that dies is noticed at once
 _MAX_START_FAILURES = 10  # a group gets a minute to start; Ray's own default is to try for ever
@@ -67,7 +69,11 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
 
         follower = progress.Follower(target.folder, on_row)
         bar.update(follower.epochs)
+        asked_at = time.time()
         _train(arguments, placement, follower)
+    with suppress(FileNotFoundError):  # the last group found nothing to do
+        context.profile.add_workers("teacher", asked_at, [target.folder.read_json(_PROFILE_FILE)], 1)
+        target.folder.delete(_PROFILE_FILE)
     failure = _failure_of(target.folder, arguments["attempt"])
     target.folder.delete(_FAILURE_FILE)
     if failure is not None:
@@ -134,7 +140,10 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     if _failure_of(folder, arguments["attempt"]) is not None:
         return
     try:
-        _train_in_worker(arguments)
+        with profiling.measured() as profile:
+            rank = _train_in_worker(arguments)
+        if rank == 0:
+            folder.write_json(_PROFILE_FILE, profile.to_json())
     except DistillRayError as error:
         note = {"attempt": arguments["attempt"], "exit_code": error.exit_code, "message": str(error)}
         folder.write_json(_FAILURE_FILE, note)
@@ -155,12 +164,13 @@ def _failure_of(folder: Folder, attempt: str) -> DistillRayError | None:
     return kind(f"teacher: {note['message']}")
 
 
-def _train_in_worker(arguments: dict[str, Any]) -> None:
-    import ray.train
-    import ray.train.torch
+def _train_in_worker(arguments: dict[str, Any]) -> int:
+    with profiling.phase("start-up"):
+        import ray.train
+        import ray.train.torch
 
-    from distill_ray.stages import model_folder
-    from distill_ray.training import FitSpec, Worker, fit
+        from distill_ray.stages import model_folder
+        from distill_ray.training import FitSpec, Worker, fit
 
     config = from_dict(arguments["config"])
     target: Stage = arguments["stage"]
@@ -190,6 +200,7 @@ def _train_in_worker(arguments: dict[str, Any]) -> None:
     if result is not None:
         extra = {"precision": resolved, "workers": worker.world_size, "data_digest": data.data_manifest.digest}
         model_folder.finish(target.folder, result, data, None, device, extra)
+    return worker.rank
 
 
 def _agree(config: Config, folder: Folder, worker: Any, data: Any, room_bytes: float) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WARM_UP_BATCHES = 4
-_TIMEOUT_S = 3600.0  # a bound for a hang
+TIMEOUT_S = 3600.0  # a bound for a hang
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
@@ -69,7 +69,7 @@ def rows_per_s(work: Work, layout: Layout, batch_sizes: Sequence[int]) -> list[f
     ]
     for worker in workers:
         worker.start()
-    found = [times.get(timeout=_TIMEOUT_S) for _ in workers]
+    found = [times.get(timeout=TIMEOUT_S) for _ in workers]
     for worker in workers:
         worker.join()
     return [work.rows / (max(e for _, e in run) - min(s for s, _ in run)) for run in zip(*found, strict=True)]
@@ -81,7 +81,7 @@ def _work(
 ) -> None:  # fmt: skip
     from distill_ray.models import load_model
 
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.set_num_threads(threads)
     model = load_model(str(work.teacher))
     net, contract = model.net.to(_DTYPES[work.precision]), (model.multiplier, model.offset)
@@ -90,15 +90,15 @@ def _work(
     found = []
     for batch_size in batch_sizes:
         _label(net, contract, rows[: _WARM_UP_BATCHES * batch_size], logits, batch_size)
-        barrier.wait(_TIMEOUT_S)
+        barrier.wait(TIMEOUT_S)
         began = perf_counter()  # CLOCK_MONOTONIC: the same clock in every process
         _label(net, contract, rows, logits, batch_size)
         found.append((began, perf_counter()))
     times.put(found)
 
 
-def _keep_freed_memory() -> None:
-    """Otherwise glibc unmaps each activation above 32 MiB, and the next batch pages it in anew: half of the speed."""
+def keep_freed_memory() -> None:
+    """Otherwise glibc unmaps each activation above 32 MiB, the next batch pages it in anew: half of the speed."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 2**30)
