@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -53,14 +55,19 @@ class Context:
     profile: Table = field(default_factory=Table)
 
     def once(
-        self, stage_name: str, target: Stage, is_whole: Callable[[Stage], bool], work: Callable[[], None]
-    ) -> Stage:
-        """Run ``work`` unless the folder is finished and whole; record which of the two it was."""
+        self, stage_name: str, target: Stage, is_whole: Callable[[Stage], bool], work: Callable[[], None], *,
+        ahead: str | None = None,
+    ) -> Stage:  # fmt: skip
+        """Run ``work`` unless the folder is finished and whole; record which of the two it was.
+
+        ``ahead`` is a module that ``work`` needs, imported while Ray starts: torch takes as long.
+        """
         if target.digest in self.outcomes:
             return target
         if not is_whole(target):
             with artifacts.exclusive(target, self.reporter.line):
                 if not is_whole(target):  # another run may have finished it while this one waited
+                    self.announce_ray(ahead)
                     with self.timed(stage_name, target):
                         work()
         if target.digest not in self.outcomes:
@@ -83,11 +90,14 @@ class Context:
         self.reporter.line(f"{stage_name}: {target.folder.name} (finished before, reused)")
         self.outcomes[target.digest] = Outcome(stage_name, str(target.folder), 0.0, "reused", role, seed)
 
-    def announce_ray(self) -> None:
-        """Start Ray where no stage has yet, and say where it is."""
+    def announce_ray(self, ahead: str | None = None) -> None:
+        """Start Ray where no stage has yet, importing the module ``ahead`` meanwhile, and say where Ray is."""
         if not self.session.started:
             started = time.perf_counter()
-            self.reporter.line(self.session.describe())
+            with ThreadPoolExecutor(1) as pool:
+                if ahead is not None:
+                    pool.submit(importlib.import_module, ahead)
+                self.reporter.line(self.session.describe())
             self.profile.add_stage("start of Ray", time.perf_counter() - started)
 
 

@@ -30,7 +30,8 @@ def run(context: Context) -> Stage:
     """The finished teacher of the config."""
     data = prepare.run(context)
     target = locate(context.config, context.out, data)
-    return context.once("teacher", target, progress.is_whole, lambda: _make(context, data, target))
+    ahead = "distill_ray.stages.model_folder"
+    return context.once("teacher", target, progress.is_whole, lambda: _make(context, data, target), ahead=ahead)
 
 
 def locate(config: Config, out: Folder, data: Stage) -> Stage:

@@ -167,7 +167,8 @@ class _Loop:
         return right / max(1, len(held_out))
 
     def _x(self, index: Tensor) -> Tensor:
-        return self.inputs[index].to(torch.float32) * self.multiplier - self.offset
+        x: Tensor = self.inputs[index].to(torch.float32) * self.multiplier - self.offset
+        return x
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.work.precision == "bf16" and not self.work.plain)

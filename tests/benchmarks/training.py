@@ -68,8 +68,8 @@ def student_epoch(settings: Settings) -> Figure:
 def online_epoch(settings: Settings) -> Figure:
     """Training rows/s of the student alone, from the stores, against one with an fp32 teacher in its loop.
 
-    Both are alone on all CPUs. The other is what a plain script does: teacher and student in fp32 and contiguous memory,
-    a teacher's forward pass in each step, malloc as it comes.
+    Both are alone on all CPUs. The other is what a plain script does: teacher and student in fp32 and contiguous
+    memory, a teacher's forward pass in each step, malloc as it comes.
     """
     return Figure("online.epoch", "rows/s", _student(settings).online, target=10.0)
 
