@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -214,7 +215,13 @@ def main() -> None:
     """Entry point: exit codes as in the README, one line an error."""
     for stop in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(stop, _interrupt)
-    sys.exit(_guarded(sys.argv[1:]))
+    code = _guarded(sys.argv[1:])
+    if code and threading.active_count() > 1:
+        # A thread that an interrupted stage left waiting for Ray crashes the interpreter on its way out, now and then.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _guarded(arguments: list[str]) -> int:

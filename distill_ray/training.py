@@ -78,11 +78,14 @@ def fit(
     folder: Folder,
     worker: Worker,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
+    must_save: Callable[[], bool] = lambda: False,
 ) -> FitResult | None:
     """Train to the last epoch, continuing from the folder's newest whole checkpoint, and write the best model.
 
     Every worker calls it with the same arguments but ``worker``; under more than one, torch.distributed is initialised
     and the folder is one that all of them see. ``on_epoch`` is called by every worker after each epoch's checkpoint.
+    ``must_save`` is asked every few steps, by every worker alike, and has to tell all of them the same: whether a
+    checkpoint is wanted now, as when a node is about to go.
 
     Returns:
         What was written, on rank 0; None on the others.
@@ -93,7 +96,7 @@ def fit(
     keep_freed_memory()
     precision.exact_fp32()
     torch.set_num_threads(worker.threads)
-    state = _State.start(spec, folder / CHECKPOINTS, worker)
+    state = _State.start(spec, folder / CHECKPOINTS, worker, must_save)
     rows, held_out = Rows(train, worker.device), Rows(validation, worker.device)
     while not is_over(state.history, spec.train.epochs, spec.train.early_stop_epochs):
         epoch = len(state.history) + 1
@@ -154,9 +157,10 @@ class _State:
     best_epoch: int
     unfinished: Unfinished | None  # where within its epoch the training continues
     saved_at: float
+    must_save: Callable[[], bool]
 
     @classmethod
-    def start(cls, spec: FitSpec, folder: Folder, worker: Worker) -> _State:
+    def start(cls, spec: FitSpec, folder: Folder, worker: Worker, must_save: Callable[[], bool]) -> _State:
         if worker.rank == 0:
             folder.sweep_temporaries()
         torch.manual_seed(spec.seed)
@@ -176,7 +180,7 @@ class _State:
         return cls(
             spec, worker, folder, classifier, _wrapped(classifier, spec.train, worker), average, optimizer, scaler,
             saved.history if saved is not None else [], saved.best_epoch if saved is not None else 0,
-            saved.unfinished if saved is not None else None, time.monotonic(),
+            saved.unfinished if saved is not None else None, time.monotonic(), must_save,
         )  # fmt: skip
 
     def finish_epoch(self, epoch: int, row: dict[str, float], folder: Folder) -> None:
@@ -283,8 +287,10 @@ def _train_epoch(state: _State, rows: Rows, epoch: int) -> dict[str, float]:
 
 
 def _is_due(state: _State, steps: int) -> bool:
-    """Whether a checkpoint within the epoch is due; all workers agree, by rank 0's clock."""
+    """Whether a checkpoint within the epoch is due; all workers agree, by a notice or by rank 0's clock."""
     every_s, worker = state.spec.train.checkpoint_every_s, state.worker
+    if steps % _STEPS_BETWEEN_CLOCKS == 0 and state.must_save():
+        return True
     if every_s is None or (worker.world_size > 1 and steps % _STEPS_BETWEEN_CLOCKS):
         return False
     due = torch.tensor(float(time.monotonic() - state.saved_at >= every_s), device=worker.device)

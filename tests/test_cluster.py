@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from tests.conftest import SmallRun
-from tests.harness import SMALL_RUN, act_when, distill_ray, environment, epochs_done, only, write_config
+from tests.harness import SMALL_RUN, act_when, distill_ray, environment, epochs_done, only, stop_when, write_config
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_TIMEOUT_S = 120
@@ -37,47 +37,68 @@ def _free_port() -> int:
         return port
 
 
-@dataclass(frozen=True)
-class TwoNodes:
-    """The head's address, and the process group of the second node."""
+@dataclass
+class Cluster:
+    """Raylets of one CPU each, as processes of this machine; the first is the head."""
 
     address: str
-    second: int
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start_node(self, *role: str) -> None:
+        """A further node, or the one that ``role`` says."""
+        common = ["--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
+        self.nodes.append(
+            subprocess.Popen(
+                [RAY, "start", *(role or [f"--address={self.address}"]), *common],
+                env=environment(**TOKEN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            )
+        )  # fmt: skip
+
+    def kill_second(self) -> None:
+        os.killpg(self.nodes[1].pid, signal.SIGKILL)
+
+    def drain_second(self) -> None:
+        """What a cloud's notice of preemption becomes: the node that is not the head will be gone in a minute."""
+        probe = (
+            f"import ray; ray.init('{self.address}', logging_level='ERROR')\n"
+            "print(next(n['NodeID'] for n in ray.nodes() if 'node:__internal_head__' not in n['Resources']))"
+        )
+        asked = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment(**TOKEN))
+        assert asked.returncode == 0, asked.stderr
+        command = [
+            RAY, "drain-node", f"--address={self.address}", f"--node-id={asked.stdout.split()[-1]}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60",
+        ]  # fmt: skip
+        drained = subprocess.run(command, capture_output=True, text=True, env=environment(**TOKEN))
+        assert drained.returncode == 0, drained.stderr
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[TwoNodes]:
-    """A head and a second node of one CPU each, as processes of this machine."""
-    address = f"127.0.0.1:{_free_port()}"
+def head() -> Iterator[Cluster]:
+    """A head alone."""
+    cluster = Cluster(f"127.0.0.1:{_free_port()}")
     # Of its own and short (sockets lie in it): `ray start` writes the cluster's address there for others to find.
     scratch = tempfile.mkdtemp(prefix="ray-")
-    common = ["--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
-    head = [
-        "--head",
-        f"--port={address.split(':')[1]}",
-        "--node-ip-address=127.0.0.1",
-        "--include-dashboard=false",
-        f"--temp-dir={scratch}",
-    ]
-    nodes: list[subprocess.Popen[bytes]] = []
+    port = cluster.address.split(":")[1]
+    place = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={scratch}"]
     try:
-        for role in (head, [f"--address={address}"]):
-            nodes.append(
-                subprocess.Popen(
-                    [RAY, "start", *role, *common],
-                    env=environment(**TOKEN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                )
-            )  # fmt: skip
-            _wait_for_port(address)  # the second node gives up at once where there is no head
-        _wait_for_nodes(address, len(nodes))
-        yield TwoNodes(address, nodes[1].pid)
+        cluster.start_node("--head", f"--port={port}", *place)
+        _wait_for_port(cluster.address)  # a second node gives up at once where there is no head
+        yield cluster
     finally:
-        for node in nodes:
+        for node in cluster.nodes:
             with suppress(ProcessLookupError):  # a test has killed it
                 os.killpg(node.pid, signal.SIGKILL)  # `ray start --block` takes half a minute to end by itself
             node.wait()
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@pytest.fixture
+def two_nodes(head: Cluster) -> Cluster:
+    """A head and a second node."""
+    head.start_node()
+    _wait_for_nodes(head.address, 2)
+    return head
 
 
 def _wait_for_port(address: str) -> None:
@@ -103,7 +124,7 @@ def _wait_for_nodes(address: str, count: int) -> None:
     assert seen.returncode == 0, seen.stderr
 
 
-def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Path, two_nodes: TwoNodes) -> None:
+def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Path, two_nodes: Cluster) -> None:
     config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
     done = distill_ray("run", config, "--out", out, "--json", RAY_ADDRESS=two_nodes.address, **TOKEN)
     assert done.code == 0, done.stderr
@@ -124,7 +145,7 @@ def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_an_elastic_group_goes_on_with_the_node_that_is_left(tmp_path: Path, two_nodes: TwoNodes) -> None:
+def test_an_elastic_group_goes_on_with_the_node_that_is_left(tmp_path: Path, two_nodes: Cluster) -> None:
     """Two workers on two nodes; one node is killed between epochs, and the other ends the training alone."""
     longer = SMALL_RUN["teacher"] | {"train": SMALL_RUN["teacher"]["train"] | {"epochs": 40}}
     config = write_config(tmp_path, SMALL_RUN | {"teacher": longer, "cluster": {"workers": [1, 2]}})
@@ -138,8 +159,8 @@ def test_an_elastic_group_goes_on_with_the_node_that_is_left(tmp_path: Path, two
         return True
 
     done = act_when(
-        ["teacher", config, "--out", out, "--json"], two_epochs_done,
-        lambda: os.killpg(two_nodes.second, signal.SIGKILL), RAY_ADDRESS=two_nodes.address, **TOKEN,
+        ["teacher", config, "--out", out, "--json"], two_epochs_done, two_nodes.kill_second,
+        RAY_ADDRESS=two_nodes.address, **TOKEN,
     )  # fmt: skip
     assert done.code == 0, done.stderr
     assert [resolved["workers"] for resolved in recorded] == [2]
@@ -147,3 +168,59 @@ def test_an_elastic_group_goes_on_with_the_node_that_is_left(tmp_path: Path, two
     assert json.loads((teacher / "summary.json").read_text())["workers"] == 1
     epochs = [json.loads(line)["epoch"] for line in (teacher / "metrics.jsonl").read_text().splitlines()]
     assert epochs == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_an_elastic_group_takes_in_a_node_that_joins(tmp_path: Path, head: Cluster) -> None:
+    """One worker on the only node; a second node joins, and the group goes on with two. No epoch is done twice."""
+    config = _endless(tmp_path, {"epochs": 20_000}, [1, 2])
+    out = tmp_path / "runs"
+    workers: list[int] = []
+
+    def grown() -> bool:
+        if epochs_done(out, "teacher") < 2:
+            return False
+        resolved = yaml.safe_load(only(out, "artifacts/teacher-*/config.yaml").read_text())["resolved"]
+        if not workers:
+            head.start_node()
+        if workers[-1:] != [resolved["workers"]]:
+            workers.append(resolved["workers"])
+        return workers == [1, 2] and epochs_done(out, "teacher") > at_growth(out)
+
+    reached: list[int] = []
+
+    def at_growth(out: Path) -> int:
+        reached.append(epochs_done(out, "teacher"))
+        return reached[0]
+
+    stopped = stop_when(["teacher", config, "--out", out], grown, signal.SIGINT, RAY_ADDRESS=head.address, **TOKEN)
+    assert stopped.code == 130, stopped.stderr
+    lines = only(out, "artifacts/teacher-*/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+
+
+@pytest.mark.slow
+def test_a_notice_of_preemption_saves_within_the_epoch(tmp_path: Path, two_nodes: Cluster) -> None:
+    """Nothing else asks for a checkpoint within an epoch here."""
+    config = _endless(tmp_path, {"epochs": 1000, "batch_size": 2}, [1, 2])
+    out = tmp_path / "runs"
+    drained: list[bool] = []
+
+    def within() -> list[Path]:
+        return list(out.glob("artifacts/teacher-*/checkpoints/epoch-*-steps-*.safetensors"))
+
+    def saved() -> bool:
+        if not drained and epochs_done(out, "teacher") >= 1:
+            assert not within()
+            two_nodes.drain_second()
+            drained.append(True)
+        return bool(drained and within())
+
+    stopped = stop_when(["teacher", config, "--out", out], saved, signal.SIGINT, RAY_ADDRESS=two_nodes.address, **TOKEN)
+    assert stopped.code == 130, stopped.stderr
+
+
+def _endless(folder: Path, train: dict[str, Any], workers: list[int]) -> Path:
+    """A training that goes on until the test stops it."""
+    teacher = SMALL_RUN["teacher"] | {"train": SMALL_RUN["teacher"]["train"] | train}
+    return write_config(folder, SMALL_RUN | {"teacher": teacher, "cluster": {"workers": workers}})

@@ -92,7 +92,9 @@ def test_interrupted_says_so_in_one_line_and_leaves_what_continues(
     tmp_path: Path, how: signal.Signals, reached: Callable[[Path], bool]
 ) -> None:
     config, out = write_config(tmp_path, SMALL_RUN), tmp_path / "runs"
-    stopped = stop_when(["teacher", config, "--out", out], lambda: reached(out), how)
+    # More epochs than it will do: while Ray is being shut down after the last, nothing is left to interrupt.
+    many = "teacher.train.epochs=2000"
+    stopped = stop_when(["teacher", config, many, "--out", out], lambda: reached(out), how)
     assert stopped.code == 130
     assert stopped.stderr.splitlines()[-1].startswith("distill-ray: interrupted")
     assert "Traceback" not in stopped.stderr

@@ -6,6 +6,7 @@ import secrets
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -86,43 +87,43 @@ def _train(arguments: dict[str, Any], placement: Placement, follower: Any) -> No
     """Run the trainer in a thread, so that this one follows its progress and keeps Ctrl-C for itself."""
     failure: list[BaseException] = []
 
-    def work() -> None:
+    def work(scratch: str) -> None:
         try:
-            _fit_with_ray_train(arguments, placement)
+            _fit_with_ray_train(arguments, placement, scratch)
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=work, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_S)
-        follower.poll()
+    # fit() owns the checkpoints; Ray Train's own state is scratch, so that a reused name can never resume stale state.
+    with tempfile.TemporaryDirectory(prefix="distill-ray-train-", ignore_cleanup_errors=True) as scratch:
+        thread = threading.Thread(target=work, args=(scratch,), name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            follower.poll()
     if failure:
         raise runtime.as_run_error("teacher", failure[0]) from failure[0]
 
 
-def _fit_with_ray_train(arguments: dict[str, Any], placement: Placement) -> None:
+def _fit_with_ray_train(arguments: dict[str, Any], placement: Placement, scratch: str) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    # fit() owns the checkpoints; Ray Train's own state is scratch, so that a reused name can never resume stale state.
-    with tempfile.TemporaryDirectory(prefix="distill-ray-train-") as scratch:
-        trainer = TorchTrainer(
-            _train_worker,
-            train_loop_config=arguments,
-            torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=_num_workers(placement), use_gpu=bool(placement.gpus),
-                resources_per_worker=placement.resources(),
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config=arguments,
+        torch_config=TorchConfig(timeout_s=_COLLECTIVE_TIMEOUT_S),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=_num_workers(placement), use_gpu=bool(placement.gpus),
+            resources_per_worker=placement.resources(),
+        ),
+        run_config=ray.train.RunConfig(
+            name=Path(scratch).name, storage_path=scratch,
+            failure_config=ray.train.FailureConfig(
+                max_failures=_MAX_RESTARTS, controller_failure_limit=_MAX_START_FAILURES
             ),
-            run_config=ray.train.RunConfig(
-                name=Path(scratch).name, storage_path=scratch,
-                failure_config=ray.train.FailureConfig(
-                    max_failures=_MAX_RESTARTS, controller_failure_limit=_MAX_START_FAILURES
-                ),
-            ),
-        )  # fmt: skip
-        trainer.fit()
+        ),
+    )  # fmt: skip
+    trainer.fit()
 
 
 def _num_workers(placement: Placement) -> int | tuple[int, int]:
@@ -197,11 +198,35 @@ def _train_in_worker(arguments: dict[str, Any]) -> int:
         target.folder,
         worker,
         lambda row: ray.train.report(row),
+        _notice_of_preemption(),
     )
     if result is not None:
         extra = {"precision": resolved, "workers": worker.world_size, "data_digest": data.data_manifest.digest}
         model_folder.finish(target.folder, result, data, None, device, extra)
     return worker.rank
+
+
+def _notice_of_preemption() -> Callable[[], bool]:
+    """Whether Ray Train has a new notice that a node of the group will be taken away: once for each, on every worker.
+
+    Such a notice comes from the cloud by way of ``ray drain-node``, usually 30 s to 2 min ahead; what is not saved by
+    then is lost. The group starts again on the nodes that are left, see ``_MAX_RESTARTS``.
+    """
+    import ray.train
+
+    known = getattr(ray.train, "get_preemption_info", None)  # since Ray 2.56
+    told: set[tuple[Any, ...]] = set()
+
+    def is_new() -> bool:
+        notice = known() if known is not None else None
+        if notice is None:
+            return False
+        key = (notice.deadline_ms, *notice.preempted_node_ids)
+        new = key not in told
+        told.add(key)
+        return new
+
+    return is_new
 
 
 def _agree(config: Config, folder: Folder, worker: Any, data: Any, room_bytes: float) -> tuple[str, str]:
