@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -164,6 +165,32 @@ def test_another_run_shares_the_teacher_and_its_labels(own_copy: SmallRun, tmp_p
         ("student", "ran"),
         ("student", "reused"),
     ]
+
+
+def test_students_from_windows_of_shards_learn_as_much_and_the_profile_says_where_their_time_went(
+    own_copy: SmallRun,
+) -> None:
+    """Eight shards at a time instead of all: another order of the rows, much the same student."""
+    overrides = ["student.train.shuffle=window", "student.train.window_rows=256"]
+    done = command("run", own_copy.config, *overrides, "--out", own_copy.out, "--json", "--profile")
+    assert done.code == 0, done.stderr
+    for row, whole in zip(done.answer["rows"][1:], own_copy.finished.answer["rows"][1:], strict=True):
+        folder = Path(row["folder"])
+        assert folder.name != Path(whole["folder"]).name
+        assert yaml.safe_load((folder / "config.yaml").read_text())["resolved"]["shuffle"] == "window"
+        losses = [
+            json.loads((Path(place) / "metrics.jsonl").read_text().splitlines()[-1])["train_loss"]
+            for place in (folder, whole["folder"])
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    *stages, total = done.answer["profile"]
+    assert [stage["stage"] for stage in stages] == ["start of Ray", "student", "end of Ray"]
+    assert all(stages[1][phase] > 0 for phase in ("start-up", "reading", "compute", "evaluation", "checkpoints"))
+    for row in (*stages, total):
+        parts = [value for key, value in row.items() if key not in ("stage", "seconds")]
+        assert sum(parts) == pytest.approx(row["seconds"], rel=0.05)
+    assert total["seconds"] >= sum(stage["seconds"] for stage in stages)
+    assert "start-up" in done.stdout  # the table, above the one line of JSON
 
 
 def test_offline_tracking_leaves_one_run_a_stage(small_run: SmallRun) -> None:

@@ -191,15 +191,17 @@ def _train_in_worker(arguments: dict[str, Any]) -> int:
         model_folder.model_spec(data.data_manifest, config.teacher.model), config.teacher.train, CeLoss(name="ce"),
         config.teacher.seed, resolved,
     )  # fmt: skip
+    last: dict[str, float] = {}
     result = fit(
         spec,
         model_folder.open_split(data, "train", None, spec.train, shuffle),
         model_folder.open_split(data, "validation", None, spec.train, shuffle),
         target.folder,
         worker,
-        lambda row: ray.train.report(row),
+        last.update,
         _notice_of_preemption(),
     )
+    ray.train.report(last)  # once: each report waits for the controller's next look at the workers
     if result is not None:
         extra = {"precision": resolved, "workers": worker.world_size, "data_digest": data.data_manifest.digest}
         model_folder.finish(target.folder, result, data, None, device, extra)
