@@ -12,12 +12,17 @@ from distill_ray.config import TrainConfig
 
 
 def optimizer_of(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer that the config names, over all parameters."""
+    """The optimizer that the config names, over all parameters.
+
+    Fused: one pass over the weights instead of ten, which for the article's teacher was a third of a step on CPUs.
+    """
     parameters = list(model.parameters())
     if train.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay)
+        return torch.optim.SGD(
+            parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay, fused=True
+        )
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    return kind(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
 
 
 def lr_factor(step: int, steps_per_epoch: int, train: TrainConfig) -> float:

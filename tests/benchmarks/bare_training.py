@@ -140,7 +140,7 @@ class _Loop:
         if self.teacher is not None:
             self.teacher = self.teacher.to(memory_format=self.format)  # type: ignore[call-overload]
         self.rows = torch.arange(work.rows)
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, weight_decay=0.01, fused=not work.plain)
 
     def train(self, order: Tensor) -> None:
         step = self.work.batch_size
