@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from distill_ray import placing
-from distill_ray.config import Config, IdxData
+from distill_ray.config import Config
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Node
+from distill_ray.sources.files import split_location
 from distill_ray.storage import Folder, impatience
 
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
@@ -79,8 +80,8 @@ class Session:
                 signal.signal(signal.SIGTERM, on_sigterm)
 
     def _source_path(self) -> str | None:
-        data = self._config.data
-        return data.path if isinstance(data, IdxData) else None
+        path = getattr(self._config.data, "path", None)
+        return None if path is None else split_location(path)[0]  # of a pattern the folder that it is in
 
     @property
     def address(self) -> str:

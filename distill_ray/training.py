@@ -53,13 +53,14 @@ class Worker:
 
 @dataclass(frozen=True)
 class FitSpec:
-    """What is trained: ``precision`` is already resolved, never ``auto``."""
+    """What is trained: ``precision`` is already resolved, never ``auto``; ``class_weights`` are those of the CE term."""
 
     model: ModelSpec
     train: TrainConfig
     loss: CeLoss | KdLoss
     seed: int
     precision: str
+    class_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class _State:
     best_epoch: int
     unfinished: Unfinished | None  # where within its epoch the training continues
     saved_at: float
+    weights_C: Tensor | None
 
     @classmethod
     def start(cls, spec: FitSpec, folder: Folder, worker: Worker) -> _State:
@@ -172,6 +174,7 @@ class _State:
             spec, worker, folder, classifier, _wrapped(classifier, spec.train, worker), average, optimizer, scaler,
             saved.history if saved is not None else [], saved.best_epoch if saved is not None else 0,
             saved.unfinished if saved is not None else None, time.monotonic(),
+            None if spec.class_weights is None else torch.tensor(spec.class_weights, device=worker.device),
         )  # fmt: skip
 
     def finish_epoch(self, epoch: int, row: dict[str, float], folder: Folder) -> None:
@@ -299,7 +302,7 @@ def _step(state: _State, batch: Batch) -> losses.LossTerms:
         with exchange:
             with precision.autocast(spec.precision, worker.device):
                 student_BC = state.model(inputs)
-            part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share)
+            part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share, state.weights_C)
             if batch.empty:  # it still takes part in the exchange of gradients, with a row that does not count
                 part = losses.LossTerms(part.total * 0, part.ce * 0, part.kd * 0)
             # The contributions of the workers add up; DistributedDataParallel takes their mean.

@@ -103,6 +103,18 @@ def run_shards(
     Raises:
         UserError, RunError: what the work raised in its process.
     """
+    for text in run_items(stage, items, work, arguments, placement):
+        yield ShardRecord.model_validate_json(text)
+
+
+def run_items(
+    stage: str,
+    items: Sequence[Mapping[str, Any]],
+    work: Callable[..., ShardRecord | str] | type,
+    arguments: Mapping[str, Any],
+    placement: Placement | None = None,
+) -> Iterator[str]:
+    """As ``run_shards``, for work whose answer is any text."""
     if not items:
         return
     data = runtime.data()
@@ -130,7 +142,7 @@ def run_shards(
 class _Task:
     """A function over items, as Ray Data tasks."""
 
-    def __init__(self, work: Callable[..., ShardRecord], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, work: Callable[..., ShardRecord | str] | type, arguments: Mapping[str, Any]) -> None:
         self._work, self._arguments = work, arguments
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
@@ -147,10 +159,11 @@ class _Actor:
         return _packed(lambda: self._work(item))
 
 
-def _packed(work: Callable[[], ShardRecord]) -> dict[str, str]:
+def _packed(work: Callable[[], ShardRecord | str]) -> dict[str, str]:
     """The record, or what went wrong, as a row: Ray Data wraps exceptions and loses their cause on the way."""
     try:
-        return {"record": work().model_dump_json(), "error": ""}
+        answer = work()
+        return {"record": answer if isinstance(answer, str) else answer.model_dump_json(), "error": ""}
     except Exception as error:
         told = isinstance(error, DistillRayError)
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
@@ -164,9 +177,9 @@ def _packed(work: Callable[[], ShardRecord]) -> dict[str, str]:
         return {"record": "", "error": json.dumps(problem)}
 
 
-def _unpacked(stage: str, row: Mapping[str, str]) -> ShardRecord:
+def _unpacked(stage: str, row: Mapping[str, str]) -> str:
     if not row["error"]:
-        return ShardRecord.model_validate_json(row["record"])
+        return row["record"]
     problem = json.loads(row["error"])
     if problem["user"]:
         failure: DistillRayError = UserError(f"{stage}: {problem['message']}")
