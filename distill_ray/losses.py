@@ -55,9 +55,7 @@ def balanced_weights(rows_C: Sequence[int]) -> tuple[float, ...]:
     return tuple(sum(rows_C) / (present * rows) if rows else 0.0 for rows in rows_C)
 
 
-def ce(
-    student_BC: Tensor, labels_B: Tensor, share: Share | None = None, weights_C: Tensor | None = None
-) -> Tensor:
+def ce(student_BC: Tensor, labels_B: Tensor, share: Share | None = None, weights_C: Tensor | None = None) -> Tensor:
     """Cross-entropy with the hard labels, a mean over the labelled rows; 0 where no row is labelled.
 
     With ``weights_C`` each row counts by the weight of its class. The sum is divided by the number of labelled rows,

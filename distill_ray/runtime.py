@@ -246,7 +246,8 @@ def as_run_error(stage: str, error: BaseException) -> RunError | UserError:
     chain = list(_causes(error))
     for cause in reversed(chain):
         if type(cause) in (UserError, RunError):
-            return type(cause)(f"{stage}: {cause}")  # type: ignore[return-value]
+            ours = str(cause).partition("\n")[0].rstrip()  # Ray Data adds lines about its own retries
+            return type(cause)(f"{stage}: {ours}")  # type: ignore[return-value]
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
     reason = f"{type(chain[-1]).__name__}: {lines[-1]}" if lines else type(chain[-1]).__name__
     return RunError(f"{stage} failed: {reason}; finished work is kept, the same command continues")

@@ -30,7 +30,7 @@ START_TIMEOUT_S = 120
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as Ray wants it since 2.60
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -48,7 +48,7 @@ class TwoNodes:
 @pytest.fixture
 def two_nodes() -> Iterator[TwoNodes]:
     """A head and a second node of one CPU each, as processes of this machine."""
-    address = f"127.0.0.1:{_free_port()}"
+    address = f"127.0.0.1:{free_port()}"
     # Of its own and short (sockets lie in it): `ray start` writes the cluster's address there for others to find.
     scratch = tempfile.mkdtemp(prefix="ray-")
     common = ["--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
@@ -69,7 +69,7 @@ def two_nodes() -> Iterator[TwoNodes]:
                     start_new_session=True,
                 )
             )  # fmt: skip
-            _wait_for_port(address)  # the second node gives up at once where there is no head
+            wait_for_port(address)  # the second node gives up at once where there is no head
         _wait_for_nodes(address, len(nodes))
         yield TwoNodes(address, nodes[1].pid)
     finally:
@@ -80,7 +80,7 @@ def two_nodes() -> Iterator[TwoNodes]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _wait_for_port(address: str) -> None:
+def wait_for_port(address: str) -> None:
     host, port = address.split(":")
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:

@@ -45,7 +45,9 @@ def test_only_images_of_bytes_are_scaled_unasked(
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_moments_of_parts_are_those_of_the_whole(shape: tuple[int, ...], dtype: str) -> None:
     rng = np.random.default_rng(0)
-    rows = (rng.normal(100, 30, (500, *shape)) + 40 * np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))).clip(0, 255)
+    rows = (rng.normal(100, 30, (500, *shape)) + 40 * np.arange(shape[0]).reshape(-1, *[1] * (len(shape) - 1))).clip(
+        0, 255
+    )
     rows = rows.astype(dtype)
     axes = (0, *range(2, rows.ndim))
     whole = contract.moments(rows[:1])

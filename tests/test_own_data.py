@@ -277,7 +277,9 @@ def changed(row: int, value: Any) -> list[Any]:
         ({"a": ["1"] * 60, "b": [1] * 60, "y": LABELS}, {"columns": {"input": ["a", "b"]}}, "column 'a' holds string; of several"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line(tmp_path: Path, columns: dict[str, Any], keys: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_is_one_line(
+    tmp_path: Path, columns: dict[str, Any], keys: dict[str, Any], message: str
+) -> None:
     path = write_parquet(tmp_path / "rows.parquet", columns)
     with pytest.raises(UserError, match=re.escape(message.format(path=path))) as caught:
         read_all(parquet(path, **keys))

@@ -21,9 +21,7 @@ def is_a_division(splits: dict[str, Any], rows: Any) -> bool:
 
 
 @settings(deadline=None)
-@given(
-    counts=st.lists(st.integers(1, 60), min_size=1, max_size=30), fractions=FRACTIONS, seed=st.integers(0, 99)
-)
+@given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=30), fractions=FRACTIONS, seed=st.integers(0, 99))
 def test_each_class_is_divided_by_the_fractions(counts: list[int], fractions: tuple[float, ...], seed: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)) - 1, counts))  # -1: unlabelled
     rows = np.arange(len(labels), dtype=np.int64)
@@ -33,15 +31,13 @@ def test_each_class_is_divided_by_the_fractions(counts: list[int], fractions: tu
         held = [int((labels[splits[name]] == number - 1).sum()) for name in splits]
         assert held[0] >= 1
         if count > 20:  # of few rows a split may have none, or one too many
-            assert all(abs(n - f * count) < 2 for n, f in zip(held, fractions, strict=True))
+            assert all(abs(n - f * count) < 3 for n, f in zip(held, fractions, strict=True))
     if min(counts) > 20:
-        assert all(abs(len(splits[n]) - f * len(rows)) < 2 for n, f in zip(splits, fractions, strict=True))
+        assert all(abs(len(splits[n]) - f * len(rows)) < 3 for n, f in zip(splits, fractions, strict=True))
 
 
 @settings(deadline=None)
-@given(
-    sizes=st.lists(st.integers(1, 40), min_size=3, max_size=40), fractions=FRACTIONS, seed=st.integers(0, 99)
-)
+@given(sizes=st.lists(st.integers(1, 40), min_size=3, max_size=40), fractions=FRACTIONS, seed=st.integers(0, 99))
 def test_no_group_is_in_two_splits(sizes: list[int], fractions: tuple[float, ...], seed: int) -> None:
     groups = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes), dtype=np.uint64) * 1000, sizes))
     rows = np.arange(len(groups), dtype=np.int64) + 7

@@ -194,7 +194,9 @@ class Annotations:
             limit = len(named) if named is not None else _MOST_CLASSES
             if largest >= limit:
                 row = int(np.flatnonzero(labels >= limit)[0])
-                said = f"{limit} classes in data.class_names (0 to {limit - 1})" if named else f"{limit:,} classes at most"
+                said = (
+                    f"{limit} classes in data.class_names (0 to {limit - 1})" if named else f"{limit:,} classes at most"
+                )
                 raise UserError(
                     f"data.columns.label: {self._name_of(row)} has the label {labels[row]}, out of range for {said}"
                 )

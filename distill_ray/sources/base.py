@@ -178,4 +178,6 @@ def check_bad_rows(config: OwnData, bad: Sequence[BadRow]) -> None:
         return
     first = min(bad, key=lambda row: row.row)
     count = "" if len(bad) == 1 else f" ({len(bad)} such rows)"
-    raise UserError(f"{first}{count}: mend or remove it, or let data.max_bad_rows ({config.max_bad_rows}) leave some out")
+    raise UserError(
+        f"{first}{count}: mend or remove it, or let data.max_bad_rows ({config.max_bad_rows}) leave some out"
+    )

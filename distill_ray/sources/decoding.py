@@ -103,9 +103,7 @@ def storage_type(column: pa.DataType) -> pa.DataType:
 
 
 def _is_list(column: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column)
-    )
+    return bool(pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column))
 
 
 def _is_binary(column: pa.DataType) -> bool:

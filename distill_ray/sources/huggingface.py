@@ -95,9 +95,7 @@ class HuggingfaceSource:
         picked: dict[str, pa.ChunkedArray | pa.Array] = {}
         for use, (name, key) in named.items():
             if name is not None:
-                picked[use] = pa.chunked_array(
-                    [decoding.plain(column) for column in self._columns(name, key)]
-                )
+                picked[use] = pa.chunked_array([decoding.plain(column) for column in self._columns(name, key)])
         if self._own_splits is not None:
             if SPLIT in picked:
                 raise UserError("data.split.column: the saved dataset has splits of its own: leave it out")
@@ -110,7 +108,9 @@ class HuggingfaceSource:
         """Those of the label column's ClassLabel feature."""
         names = {
             tuple(getattr(part.features[self._config.columns.label], "names", None) or ())
-            for _, part in (self._with(self._config.columns.label, "data.columns.label") if self._config.columns.label else ())
+            for _, part in (
+                self._with(self._config.columns.label, "data.columns.label") if self._config.columns.label else ()
+            )
         }
         if len(names) > 1:
             raise UserError(f"data.path {self._config.path}: its splits have labels of different classes")

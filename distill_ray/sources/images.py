@@ -87,7 +87,9 @@ class ImagesSource:
                     f"{key}: {self._table_file.uri} has no column {name!r}: {files.nearest(str(name), table.column_names)}"
                 )
             picked[use] = table.column(name)
-        if not pa.types.is_string(kind := decoding.storage_type(picked["input"].type)) and not pa.types.is_large_string(kind):
+        if not pa.types.is_string(kind := decoding.storage_type(picked["input"].type)) and not pa.types.is_large_string(
+            kind
+        ):
             raise UserError(f"data.columns.input: column {columns.input!r} holds {kind}, not the names of files")
         if not table.num_rows:
             raise UserError(f"{self._table_file.uri}: holds no rows")
@@ -152,7 +154,9 @@ class ImagesSource:
             self._inputs.take(pa.array(indices)), layout, self._config.input,
             lambda name: files.read(files.join(self._config.path, name)),
         )  # fmt: skip
-        bad = [BadRow(int(indices[at]), self.name_of(int(indices[at])), reason) for at, reason in sorted(faults.items())]
+        bad = [
+            BadRow(int(indices[at]), self.name_of(int(indices[at])), reason) for at, reason in sorted(faults.items())
+        ]
         if ID in self._small.column_names:
             ids = decoding.plain(self._small.column(ID)).take(pa.array(indices))
         else:
@@ -196,7 +200,9 @@ def _table(uri: str, size: int, mtime_ns: int) -> pa.Table:
         if uri.split("?")[0].lower().endswith(".parquet"):
             return pq.read_table(path, filesystem=filesystem)
         with filesystem.open_input_stream(path) as stream:
-            return pa.csv.read_csv(stream)
+            # An empty field is no value; a class may well be called NA or null.
+            nulls = pa.csv.ConvertOptions(null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False)
+            return pa.csv.read_csv(stream, convert_options=nulls)
     except (OSError, pa.ArrowException) as error:
         if "://" in uri and isinstance(error, OSError):
             raise RunError(f"{uri}: cannot be read ({reason_of(error)}): try again later") from None

@@ -105,8 +105,13 @@ class ParquetSource:
     def _check_schemas(self, footers: Sequence[Footer]) -> None:
         """Every column is in every file, and of one type."""
         first = footers[0]
-        keys = {name: "data.columns.input" for name in self._input_names}
-        said = {LABEL: "data.columns.label", ID: "data.columns.id", SPLIT: "data.split.column", GROUP: "data.split.group_by"}
+        keys = dict.fromkeys(self._input_names, "data.columns.input")
+        said = {
+            LABEL: "data.columns.label",
+            ID: "data.columns.id",
+            SPLIT: "data.split.column",
+            GROUP: "data.split.group_by",
+        }
         keys |= {name: said[use] for use, name in self._small_names.items()}
         for file, footer in zip(self.files, footers, strict=True):
             for name, key in keys.items():
@@ -308,7 +313,9 @@ class ParquetSource:
             file = self.files[number]
             with _opened(file) as opened:
                 try:
-                    for batch in opened.iter_batches(rows, row_groups=list(groups), columns=list(names), use_threads=False):
+                    for batch in opened.iter_batches(
+                        rows, row_groups=list(groups), columns=list(names), use_threads=False
+                    ):
                         yield at, pa.Table.from_batches([batch])
                         at += batch.num_rows
                 except (OSError, pa.ArrowException) as error:

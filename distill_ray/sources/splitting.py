@@ -63,7 +63,7 @@ def _shares(
     given = np.clip(np.rint(wanted), 0, None).astype(np.int64)
     while given.sum() > count - 1:  # one stays in train
         given[np.argmax(given)] -= 1
-    return given, wanted - given
+    return given, np.clip(wanted - given, -1, 1)  # many classes of one row must not take another class apart
 
 
 def split_by_group(
@@ -87,9 +87,11 @@ def split_by_group(
     missing = wanted * len(rows)
     owner = np.zeros(len(sizes), dtype=np.int64)
     for done, group in enumerate(order):
-        empty = [number for number in range(len(names)) if not (owner[order[:done]] == number).any()] if (
-            len(order) - done <= len(names)
-        ) else []
+        empty = (
+            [number for number in range(len(names)) if not (owner[order[:done]] == number).any()]
+            if (len(order) - done <= len(names))
+            else []
+        )
         to = empty[0] if len(empty) == len(order) - done else int(np.argmax(missing))
         owner[group] = to
         missing[to] -= sizes[group]

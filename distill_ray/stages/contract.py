@@ -17,7 +17,9 @@ from distill_ray.storage import Folder
 from distill_ray.store import ShardRecord, shards
 
 _STEP_BYTES = 4 * 2**20  # of a shard, in float64 at a time
-Moments = tuple[float, npt.NDArray[np.float64], npt.NDArray[np.float64]]  # count, mean [C], sum of squared deviations [C]
+Moments = tuple[
+    float, npt.NDArray[np.float64], npt.NDArray[np.float64]
+]  # count, mean [C], sum of squared deviations [C]
 
 
 def check(data: DataBase, info: SourceInfo) -> None:
@@ -93,7 +95,9 @@ def moments(inputs: npt.NDArray[Any]) -> Moments:
     rows = max(1, _STEP_BYTES // max(1, inputs[0].size * 8))
     whole: Moments | None = None
     for start in range(0, len(inputs), rows):
-        part = inputs[start : start + rows].astype(np.float64).reshape(-1, inputs.shape[1], int(np.prod(inputs.shape[2:])))
+        part = (
+            inputs[start : start + rows].astype(np.float64).reshape(-1, inputs.shape[1], int(np.prod(inputs.shape[2:])))
+        )
         mean = part.mean(axis=(0, 2))
         squares = np.square(part - mean[:, np.newaxis]).sum(axis=(0, 2))
         found = (float(part.shape[0] * part.shape[2]), mean, squares)

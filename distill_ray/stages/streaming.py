@@ -20,8 +20,8 @@ import pyarrow as pa
 from distill_ray import runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, from_dict, to_dict
-from distill_ray.errors import DistillRayError, RunError, UserError
-from distill_ray.sources import BadRow, ParquetSource, Piece, SourceInfo, open_cached, open_source
+from distill_ray.errors import RunError
+from distill_ray.sources import BadRow, ParquetSource, Piece, SourceInfo, open_cached
 from distill_ray.sources.base import check_bad_rows
 from distill_ray.sources.decoding import Layout
 from distill_ray.stages.shard_job import ShardPlan, run_items
@@ -177,7 +177,11 @@ class _Read:
 
 
 def _rows(
-    row_ids: npt.NDArray[np.int64], inputs: npt.NDArray[Any], labels: npt.NDArray[np.int64], ids: pa.Array, layout: Layout
+    row_ids: npt.NDArray[np.int64],
+    inputs: npt.NDArray[Any],
+    labels: npt.NDArray[np.int64],
+    ids: pa.Array,
+    layout: Layout,
 ) -> pa.Table:
     # Inputs travel as plain bytes: every kernel that moves rows knows how to, whatever the numbers are.
     raw = pa.py_buffer(np.ascontiguousarray(inputs))
@@ -272,14 +276,16 @@ def _as_json(piece: Piece) -> str:
 
 def _from_json(text: str) -> Piece:
     raw = json.loads(text)
-    return Piece(raw["first_row"], raw["rows"], tuple((file, tuple(groups), rows) for file, groups, rows in raw["parts"]))
+    return Piece(
+        raw["first_row"], raw["rows"], tuple((file, tuple(groups), rows) for file, groups, rows in raw["parts"])
+    )
 
 
 def _blocks(dataset: Any) -> Iterator[pa.Table]:
     try:
         # Without prefetching: see shard_job.
         yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    except (DistillRayError, GeneratorExit):
+    except GeneratorExit:
         raise
-    except Exception as error:
+    except Exception as error:  # one of ours comes as a subclass of it, too, whose text is Ray's
         raise runtime.as_run_error("prepare", error) from error
