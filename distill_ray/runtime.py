@@ -230,7 +230,8 @@ def data() -> Any:
     import ray.data
 
     if not os.environ.get(DEBUG_VARIABLE):
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # set up anew by the import of ray.data
+        # Set up anew by the import of ray.data. A failure is told by our own line; Ray's report of it has pages.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     options = ray.data.DataContext.get_current()
     options.enable_progress_bars = False
     options.print_on_execution_start = False

@@ -53,7 +53,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class FitSpec:
-    """What is trained: ``precision`` is already resolved, never ``auto``; ``class_weights`` are those of the CE term."""
+    """What is trained: ``precision`` is already resolved, never ``auto``; ``class_weights`` are of the CE term."""
 
     model: ModelSpec
     train: TrainConfig
@@ -150,7 +150,7 @@ class _State:
     best_epoch: int
     unfinished: Unfinished | None  # where within its epoch the training continues
     saved_at: float
-    weights_C: Tensor | None
+    class_weights: Tensor | None
 
     @classmethod
     def start(cls, spec: FitSpec, folder: Folder, worker: Worker) -> _State:
@@ -302,7 +302,7 @@ def _step(state: _State, batch: Batch) -> losses.LossTerms:
         with exchange:
             with precision.autocast(spec.precision, worker.device):
                 student_BC = state.model(inputs)
-            part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share, state.weights_C)
+            part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share, state.class_weights)
             if batch.empty:  # it still takes part in the exchange of gradients, with a row that does not count
                 part = losses.LossTerms(part.total * 0, part.ce * 0, part.kd * 0)
             # The contributions of the workers add up; DistributedDataParallel takes their mean.

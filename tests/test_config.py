@@ -165,11 +165,11 @@ def test_credentials_in_a_uri_are_refused(tmp_path: Path, path: str) -> None:
 
 def test_paths_of_ones_own_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for given, expected in (
+    for written, expected in (
         ("set/*.parquet", f"{tmp_path}/set/*.parquet"),
         ("s3://b/set?region=x", "s3://b/set?region=x"),
     ):
-        config = _load(tmp_path, f"data={{source: parquet, path: '{given}', columns: {{input: a}}}}")
+        config = _load(tmp_path, f"data={{source: parquet, path: '{written}', columns: {{input: a}}}}")
         assert getattr(config.data, "path", None) == expected
 
 

@@ -169,7 +169,8 @@ def test_the_splits_of_a_saved_dict_are_kept(tmp_path: Path) -> None:
 
 
 def test_saved_datasets_that_cannot_be(tmp_path: Path) -> None:
-    keys = {"source": "huggingface", "path": str(tmp_path / "saved"), "columns": {"input": "imag", "label": "label"}}
+    columns = {"input": "imag", "label": "label"}
+    keys: dict[str, Any] = {"source": "huggingface", "path": str(tmp_path / "saved"), "columns": columns}
     with pytest.raises(UserError, match="no such folder; it is what save_to_disk"):
         read_all(data_config(**keys))
     dataset(pixels(12)).save_to_disk(tmp_path / "saved")

@@ -126,7 +126,7 @@ def test_weighted_ce_is_the_formula_and_its_parts_add_up() -> None:
         teacher = torch.tensor(rng.normal(size=(12, 3)))
         whole = losses.compute(loss, *given, teacher, weights_C=weights_C)
         parts = [
-            losses.compute(loss, *(t[part] for t in given), teacher[part], share, weights_C)
+            losses.compute(loss, given[0][part], given[1][part], teacher[part], share, weights_C)
             for part in (slice(0, 2), slice(2, 9), slice(9, 12))
         ]
         assert sum(float(part.total) for part in parts) == pytest.approx(float(whole.total), abs=1e-5)

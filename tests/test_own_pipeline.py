@@ -67,7 +67,7 @@ def test_digits_as_parquet(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_table_of_measurements(tmp_path: Path) -> None:
-    """UCI's breast cancer data: 569 rows of 30 numbers of very different size; without mean and std nothing is learnt."""
+    """UCI's breast cancer data: 569 rows of 30 numbers of very different size; unscaled, nothing is learnt."""
     found = load_breast_cancer(as_frame=True)
     frame = found.frame
     path = tmp_path / "cancer.parquet"

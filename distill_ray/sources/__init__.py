@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import overload
 
 from pydantic import TypeAdapter
 
@@ -36,6 +37,12 @@ __all__ = [
 AnySource = Glyph62Source | IdxSource | ImagesSource | HuggingfaceSource | ParquetSource
 
 
+@overload
+def open_source(config: Glyph62Data) -> Glyph62Source: ...
+@overload
+def open_source(config: IdxData) -> IdxSource: ...
+@overload
+def open_source(config: DataBase) -> AnySource: ...
 def open_source(config: DataBase) -> AnySource:
     """The source that ``config`` describes.
 

@@ -154,8 +154,8 @@ class Annotations:
             if value not in meant:
                 row = at.start + int(np.flatnonzero(places == number)[0])
                 raise UserError(
-                    f"data.split.column: {self._name_of(row)} has {value!r}, which means no split: {nearest(value, list(meant))}"
-                    " (data.split.values says what means which)"
+                    f"data.split.column: {self._name_of(row)} has {value!r}, which means no split: "
+                    f"{nearest(value, list(meant))} (data.split.values says what means which)"
                 )
             numbers[number] = SPLITS.index(meant[value])
         self._splits[at] = numbers[places]

@@ -90,8 +90,8 @@ def dtype_of(name: str, column: pa.DataType) -> str:
     if pa.types.is_floating(column):
         return "float32"
     raise UserError(
-        f"data.columns.input: column {name!r} holds {column}: an input is a list of numbers, a number, an encoded image "
-        "(bytes), or the path of one"
+        f"data.columns.input: column {name!r} holds {column}: an input is a list of numbers, a number, an encoded "
+        "image (bytes), or the path of one"
     )
 
 
@@ -174,7 +174,7 @@ def _leaves(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64] | None]:
 
 
 def _converted(leaves: pa.Array, layout: Layout) -> tuple[Array, Faults]:
-    """Numbers [B * width] in the stored dtype, with the rows that have a null, a NaN, an infinity or too large a one."""
+    """Numbers [B * width] in the stored dtype, and the rows that have a null, a NaN, an infinity or too large a one."""
     faults: Faults = {}
 
     def tell(bad: Array, reason: str) -> None:
@@ -266,10 +266,10 @@ def decode(data: bytes, wish: InputWish, channels: int | None = None) -> npt.NDA
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.mode in _DEEP:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+                if file.mode in _DEEP:
                     raise Undecodable("its image has more than 8 bits a channel: convert it to 8 bits first")
-                image = ImageOps.exif_transpose(image)
+                image: Image.Image = ImageOps.exif_transpose(file)
                 wanted = channels or wish.channels or (1 if image.mode in ("L", "1", "LA") else 3)
                 image = image.convert("L" if wanted == 1 else "RGB")
                 if wish.resize is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class HuggingfaceSource:
 
     @cached_property
     def _starts(self) -> list[int]:
-        return np.cumsum([0, *(len(part) for _, part in self._used)]).tolist()
+        return [0, *accumulate(len(part) for _, part in self._used)]
 
     @cached_property
     def rows(self) -> int:
@@ -80,9 +81,8 @@ class HuggingfaceSource:
         for split, part in self._used:
             if name not in part.column_names:
                 where = f", split {split}" if split else ""
-                raise UserError(
-                    f"{key}: {self._config.path}{where} has no column {name!r}: {files.nearest(name, part.column_names)}"
-                )
+                hint = files.nearest(name, part.column_names)
+                raise UserError(f"{key}: {self._config.path}{where} has no column {name!r}: {hint}")
         return [(split, part.select_columns([name])) for split, part in self._used]
 
     @cached_property

@@ -83,9 +83,8 @@ class ImagesSource:
             if name is None:
                 continue
             if name not in table.column_names:
-                raise UserError(
-                    f"{key}: {self._table_file.uri} has no column {name!r}: {files.nearest(str(name), table.column_names)}"
-                )
+                hint = files.nearest(str(name), table.column_names)
+                raise UserError(f"{key}: {self._table_file.uri} has no column {name!r}: {hint}")
             picked[use] = table.column(name)
         if not pa.types.is_string(kind := decoding.storage_type(picked["input"].type)) and not pa.types.is_large_string(
             kind

@@ -222,8 +222,8 @@ class ParquetSource:
             for name, kind in kinds.items():
                 if kind != "scalars":
                     raise UserError(
-                        f"data.columns.input: column {name!r} holds {schema.field(name).type}; of several input columns "
-                        "each holds one number"
+                        f"data.columns.input: column {name!r} holds {schema.field(name).type}; of several input "
+                        "columns each holds one number"
                     )
             return self._with_wished_shape(Layout("scalars", (len(kinds),), "float32"))
         ((name, kind),) = kinds.items()

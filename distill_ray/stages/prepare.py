@@ -80,7 +80,7 @@ def _info(context: Context, target: Stage, source: AnySource) -> SourceInfo:
     if isinstance(source, ParquetSource):
         pieces = source.pieces()
         source.layout()  # what is wrong with the columns is told before anything is read
-        small = streaming.annotations(context.config, source, pieces)
+        small = streaming.small_columns(context.config, source, pieces)
         bad = streaming.bad_rows(context.config, source, target) if data.max_bad_rows else []
         return source.info(small, bad)
     bad = streaming.bad_rows(context.config, source, target) if data.max_bad_rows else []
@@ -155,8 +155,8 @@ def _tell_classes(reporter: Reporter, info: SourceInfo, counts: Mapping[str, Any
     if len(info.class_names) > _LISTED_CLASSES:
         for split, found in counts.items():
             reporter.line(
-                f"  {split}: {rows[split]:,} rows, {int(found.sum()):,} labelled, {found.min():,} to {found.max():,} of "
-                f"each of {len(found)} classes"
+                f"  {split}: {rows[split]:,} rows, {int(found.sum()):,} labelled, {found.min():,} to {found.max():,} "
+                f"of each of {len(found)} classes"
             )
         return
     names = [*info.class_names, "without a label"]

@@ -21,7 +21,7 @@ from distill_ray import runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, from_dict, to_dict
 from distill_ray.errors import RunError
-from distill_ray.sources import BadRow, ParquetSource, Piece, SourceInfo, open_cached
+from distill_ray.sources import BadRow, HuggingfaceSource, ImagesSource, ParquetSource, Piece, SourceInfo, open_cached
 from distill_ray.sources.base import check_bad_rows
 from distill_ray.sources.decoding import Layout
 from distill_ray.stages.shard_job import ShardPlan, run_items
@@ -39,7 +39,7 @@ _FIXED = {"row_id": pa.int64(), "label": pa.int64()}
 # --- small columns ---------------------------------------------------------------------------------------------------
 
 
-def annotations(config: Config, source: ParquetSource, pieces: Sequence[Piece]) -> Iterator[tuple[int, pa.Table]]:
+def small_columns(config: Config, source: ParquetSource, pieces: Sequence[Piece]) -> Iterator[tuple[int, pa.Table]]:
     """The condensed small columns of all rows, in any order: the number of the first row, and some rows."""
     if not source.annotated():
         return
@@ -110,6 +110,7 @@ def _find_bad_rows(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> str
         for _, _, _, bad in source.stream(piece, source.layout(), np.ones(piece.rows, dtype=np.bool_)):
             found += bad
     else:
+        assert isinstance(source, ImagesSource | HuggingfaceSource)
         found = source.bad_rows(np.arange(item["first"], item["first"] + item["rows"], dtype=np.int64))
     return json.dumps([asdict(row) for row in found])
 
@@ -150,7 +151,8 @@ def write_shards(
 
 def _boundaries(todo: Sequence[ShardPlan], row_bytes: int) -> list[int]:
     """The row ids at which partitions begin: each holds whole shards, together as large as is handy."""
-    bounds, held = [], 0
+    bounds: list[int] = []
+    held = 0
     for plan in sorted(todo, key=lambda plan: plan.first_id):
         size = plan.rows * (row_bytes + 64)
         if held + size > _PARTITION_BYTES or not bounds:
