@@ -104,7 +104,8 @@ class Bar:
 # (heading, key, digits), and what a narrow terminal does without, first to go first.
 _COLUMNS = (
     ("accuracy", "accuracy", 4), ("macro F1", "macro_f1", 4), ("KL to teacher", "kl_to_teacher", 4),
-    ("agreement", "agreement", 4), ("ECE", "ece", 4), ("parameters", "parameters", None), ("bytes", "bytes", None), ("latency ms", "latency_ms", 3),
+    ("agreement", "agreement", 4), ("ECE", "ece", 4), ("parameters", "parameters", None), ("bytes", "bytes", None),
+    ("latency ms", "latency_ms", 3),
     ("seconds", "seconds", 1),
 )  # fmt: skip
 _DISPENSABLE = ("bytes", "seconds", "ece", "agreement", "macro_f1", "latency_ms")

@@ -274,7 +274,7 @@ def changed(row: int, value: Any) -> list[Any]:
         ({"x": X, "y": LABELS}, {"input": {"resize": [3, 3]}}, "data.input.resize: is for images, and column"),
         ({"x": [None] * 60, "y": LABELS}, {}, "column 'x' holds null: an input is"),
         ({"x": pa.nulls(60, pa.list_(pa.int8())), "y": LABELS}, {}, "{path}, row 0: its input is null"),
-        ({"a": ["1"] * 60, "b": [1] * 60, "y": LABELS}, {"columns": {"input": ["a", "b"]}}, "'a' holds string; of several"),
+        ({"a": ["1"] * 60, "b": [1] * 60, "y": LABELS}, {"columns": {"input": ["a", "b"]}}, "'a' holds string; of"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(
