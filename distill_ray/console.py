@@ -109,7 +109,7 @@ _COLUMNS = (
     ("seconds", "seconds", 1),
 )  # fmt: skip
 _DISPENSABLE = ("bytes", "seconds", "ece", "agreement", "macro_f1", "latency_ms")
-_LOG_WIDTH = 140  # a log has no width of its own: never fold a row there
+_LOG_WIDTH = 160  # a log has no width of its own: never fold a row there
 
 
 def results_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

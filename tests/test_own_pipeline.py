@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
@@ -78,6 +81,40 @@ def test_a_table_of_measurements(tmp_path: Path) -> None:
     }  # fmt: skip
     answer = run(tmp_path, data)
     assert answer["rows"][0]["accuracy"] > 0.85
+
+
+def letters(folder: Path) -> pd.DataFrame:
+    """UCI's letter recognition: 20,000 rows of 16 numbers and a letter, from Debian's package of R's mlbench."""
+    import pyreadr
+
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        pytest.skip("UCI Letter comes from a Debian package, and there is no apt-get here")
+    for command in (["apt-get", "-qq", "download", "r-cran-mlbench"], ["dpkg-deb", "-x", "mlbench.deb", "."]):
+        for package in folder.glob("r-cran-mlbench_*.deb"):
+            package.rename(folder / "mlbench.deb")
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            pytest.skip(f"UCI Letter: {' '.join(command)}: {done.stderr.strip().splitlines()[-1:]}")
+    frame = pyreadr.read_r(str(only(folder, "usr/lib/R/site-library/mlbench/data/LetterRecognition.rda")))
+    return frame["LetterRecognition"]
+
+
+@pytest.mark.slow
+def test_letters_as_a_table(tmp_path: Path) -> None:
+    frame = letters(tmp_path)
+    assert len(frame) == 20_000
+    frame["lettr"] = frame["lettr"].astype(str)
+    frame["set"] = ["train"] * 16_000 + ["test"] * 4_000  # as the data's own description divides them
+    path = tmp_path / "letters.parquet"
+    frame.to_parquet(path)
+    measured = [name for name in frame.columns if name not in ("lettr", "set")]
+    data = {
+        "source": "parquet", "path": str(path), "columns": {"input": measured, "label": "lettr"},
+        "input": {"mean": "auto", "std": "auto"}, "split": {"column": "set", "stratify": True}, "shard_rows": 2048,
+    }  # fmt: skip
+    answer = run(tmp_path, data)
+    assert answer["rows"][0]["accuracy"] > 0.85
+    assert answer["rows"][1]["accuracy"] > 0.6
 
 
 @pytest.mark.slow
