@@ -9,14 +9,25 @@ How a key takes part in the digest of a stage folder is declared beside the key 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from distill_ray.errors import UserError
@@ -34,17 +45,21 @@ def setting(default: Any = ..., *, digest: DigestRule = "always", **constraints:
     return Field(default, json_schema_extra={"digest": digest}, **constraints)
 
 
+_Size: TypeAlias = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]  # height, width
+
+
 class Section(BaseModel):
     """A part of the config: immutable, and strict about unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    booleans: ClassVar[frozenset[str]] = frozenset()  # the keys that are true or false
 
     @model_validator(mode="before")
     @classmethod
     def _no_booleans(cls, raw: Any) -> Any:
-        # No key is a boolean, and pydantic would take true for the number 1.
+        # Few keys are booleans, and pydantic would take true for the number 1.
         for key, value in raw.items() if isinstance(raw, dict) else ():
-            if isinstance(value, bool):
+            if isinstance(value, bool) and key not in cls.booleans:
                 raise ValueError(f"{key} must be a number, a word or a section, got {str(value).lower()}")
         return raw
 
@@ -52,14 +67,26 @@ class Section(BaseModel):
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
+SplitName: TypeAlias = Literal["train", "validation", "test"]
+_SplitValue: TypeAlias = str | int
+
+
 class SplitConfig(Section):
     """How rows are divided over train, validation and test.
 
-    ``fractions`` are three numbers that sum to 1, or two (train, validation) where the source has its own
-    test files.
+    ``fractions`` are three numbers that sum to 1, or two (train, validation) where the source says which rows are the
+    test split. ``stratify``: each class is divided by the fractions. ``group_by`` names a column: rows of one group
+    (one writer, one patient) stay in one split. ``column`` names a column that says each row's split; ``values`` says
+    which of its values mean which split, where they are not train, validation (or val, valid, dev) and test.
     """
 
+    booleans: ClassVar[frozenset[str]] = frozenset({"stratify"})
+
     fractions: tuple[float, ...] | None = setting(None)
+    stratify: bool = setting(False, digest="not_at_default", strict=True)
+    group_by: str | None = setting(None, digest="not_at_default", min_length=1)
+    column: str | None = setting(None, digest="not_at_default", min_length=1)
+    values: dict[SplitName, _SplitValue | tuple[_SplitValue, ...]] | None = setting(None, digest="not_at_default")
 
     @field_validator("fractions")
     @classmethod
@@ -74,23 +101,77 @@ class SplitConfig(Section):
             )
         return value
 
+    @model_validator(mode="after")
+    def _one_way(self) -> SplitConfig:
+        if self.stratify and self.group_by is not None:
+            raise ValueError("stratify and group_by cannot both be kept: a group has rows of any class; give one")
+        return self
+
+    def split_of_value(self) -> dict[str, SplitName]:
+        """Which split each value of the column (or name of a saved split) means."""
+        if self.values is None:
+            return dict(_SPLIT_ALIASES)
+        meant: dict[str, SplitName] = {}
+        for split, values in self.values.items():
+            for value in values if isinstance(values, tuple) else (values,):
+                meant[str(value)] = split
+        return meant
+
+
+_SPLIT_ALIASES: dict[str, SplitName] = {
+    "train": "train", "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
+    "test": "test",
+}  # fmt: skip
+
 
 class InputConfig(Section):
     """The input contract: how a stored row becomes what the model sees, ``(raw * scale - mean) / std`` per channel.
 
-    ``shape`` is normally taken from the data; where it is given, it must agree with the data.
+    ``shape`` is normally taken from the data; where it is given, it must agree with the data. ``resize`` and
+    ``channels`` say how images became rows when they were prepared.
     """
 
     shape: tuple[int, ...] | None = setting(None)
     scale: float = setting(1 / 255, gt=0)
     mean: tuple[float, ...] = setting((0.5,), min_length=1)
     std: tuple[float, ...] = setting((0.5,), min_length=1)
+    resize: _Size | None = setting(None, digest="not_at_default")
+    channels: Literal[1, 3] | None = setting(None, digest="not_at_default")
 
     @field_validator("std")
     @classmethod
     def _positive(cls, value: tuple[float, ...]) -> tuple[float, ...]:
         if any(s <= 0 for s in value):
             raise ValueError("every std must be above 0")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Readers of earlier versions know no such keys, and most stores have no use for them.
+        plain: dict[str, Any] = handler(self)
+        return {k: v for k, v in plain.items() if k not in ("resize", "channels") or v is not None}
+
+
+class InputWish(Section):
+    """``data.input`` of rows of one's own: what is not given follows from the rows.
+
+    ``resize`` [height, width] (antialiased bilinear) and ``channels`` (1 grey, 3 RGB) are applied to images when they
+    are prepared. ``scale`` is 1/255 and ``mean`` and ``std`` are 0.5 for images of bytes, else 1, 0 and 1. ``auto``:
+    mean and standard deviation of the training rows, per channel or feature.
+    """
+
+    shape: tuple[Annotated[int, Field(ge=1)], ...] | None = setting(None, min_length=1)
+    resize: _Size | None = setting(None)
+    channels: Literal[1, 3] | None = setting(None)
+    scale: float | None = setting(None, gt=0)
+    mean: Literal["auto"] | tuple[float, ...] | None = setting(None)
+    std: Literal["auto"] | tuple[float, ...] | None = setting(None)
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, tuple) and (not value or (info.field_name == "std" and any(s <= 0 for s in value))):
+            raise ValueError("needs numbers, and every std must be above 0")
         return value
 
 
@@ -100,17 +181,38 @@ class DataBase(Section):
     seed: int = setting(0, ge=0)
     shard_rows: int = setting(2048, ge=1)
     split: SplitConfig = setting(SplitConfig())
+
+
+class BuiltinData(DataBase):
+    """A source whose rows have one known form: images of bytes."""
+
     input: InputConfig = setting(InputConfig())
 
+    @model_validator(mode="after")
+    def _has_its_form(self) -> BuiltinData:
+        name = getattr(self, "source", "")
+        if self.input.resize is not None or self.input.channels is not None:
+            raise ValueError(f"input.resize and input.channels are not for source {name}: its images are as they are")
+        if self.split.column is not None or self.split.group_by is not None:
+            raise ValueError(f"split.column and split.group_by name columns, and source {name} has none")
+        return self
 
-class Glyph62Data(DataBase):
+
+class Glyph62Data(BuiltinData):
     """The embedded synthetic source: 62 characters drawn from vector fonts, 1x32x32 uint8."""
 
     source: Literal["glyph62"]
     rows: int = setting(12000, ge=62, le=10_000_000)
 
+    @field_validator("split")
+    @classmethod
+    def _by_style(cls, value: SplitConfig) -> SplitConfig:
+        if value.stratify:
+            raise ValueError("source glyph62 is split by style, and every style has every class: leave out stratify")
+        return value
 
-class IdxData(DataBase):
+
+class IdxData(BuiltinData):
     """A folder in the MNIST family's file format, plain or .gz.
 
     ``rows`` limits the training file and ``test_rows`` the test file to a seeded sample: for quick looks.
@@ -123,7 +225,89 @@ class IdxData(DataBase):
     classes: int | None = setting(None, ge=2)
 
 
-DataConfig: TypeAlias = Annotated[Glyph62Data | IdxData, Field(discriminator="source")]
+class ColumnsConfig(Section):
+    """Which columns hold what. ``input`` is one column, or several of one number each (a table).
+
+    Without ``label`` no row has a label; without ``id`` a row is called by its file and number.
+    """
+
+    input: str | tuple[str, ...]
+    label: str | None = setting(None)
+    id: str | None = setting(None)
+
+    @field_validator("input")
+    @classmethod
+    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or (isinstance(value, tuple) and len(set(value)) != len(value)):
+            raise ValueError(f"needs the name of a column, or different names of several, got {value!r}")
+        return value
+
+
+class OwnData(DataBase):
+    """Rows of one's own. ``class_names`` fixes the classes and their order; else they follow from the labels.
+
+    Up to ``max_bad_rows`` rows whose input cannot be used (undecodable, null, not finite) are left out.
+    """
+
+    input: InputWish = setting(InputWish())
+    class_names: tuple[str, ...] | None = setting(None, min_length=2)
+    # Part of the digest: without other rows the same numbers are in a shard, and not the same rows.
+    max_bad_rows: int = setting(0, ge=0)
+
+    @field_validator("class_names")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) != len(value):
+            raise ValueError("the same name is given twice")
+        return value
+
+
+class ParquetData(OwnData):
+    """Parquet: a file, a folder or a pattern such as ``/data/part-*.parquet``; a local path or a URI.
+
+    The input column holds lists of numbers, encoded images, or paths of image files, which are relative to ``root``, or
+    else to the Parquet file.
+    """
+
+    source: Literal["parquet"]
+    path: str = setting(min_length=1)
+    columns: ColumnsConfig
+    root: str | None = setting(None, min_length=1)
+
+
+class ImagesData(OwnData):
+    """A folder of images: a folder a class (under train, validation and test folders, where there are such).
+
+    Or with ``table``, a CSV or Parquet file in it that names the image files and their labels, by ``columns``.
+    """
+
+    source: Literal["images"]
+    path: str = setting(min_length=1)
+    table: str | None = setting(None, min_length=1)
+    columns: ColumnsConfig | None = setting(None)
+
+    @model_validator(mode="after")
+    def _table_has_columns(self) -> ImagesData:
+        if (self.table is None) != (self.columns is None):
+            raise ValueError("table and columns go together: without a table a folder is a class")
+        if self.columns is not None and not isinstance(self.columns.input, str):
+            raise ValueError("columns.input must be one column, that of the image files' names")
+        if self.table is None and (self.split.column is not None or self.split.group_by is not None):
+            raise ValueError("split.column and split.group_by name columns of a table, and no table is given")
+        return self
+
+
+class HuggingfaceData(OwnData):
+    """A Hugging Face dataset, or several in a DatasetDict, saved by ``save_to_disk``. Its own splits are kept."""
+
+    source: Literal["huggingface"]
+    path: str = setting(min_length=1)
+    columns: ColumnsConfig
+
+
+DataConfig: TypeAlias = Annotated[
+    Glyph62Data | IdxData | ParquetData | ImagesData | HuggingfaceData, Field(discriminator="source")
+]
 
 
 # --- models, losses, training ---------------------------------------------------------------------------------------
@@ -148,17 +332,19 @@ ModelConfig: TypeAlias = Annotated[CharCnnModel | MlpModel, Field(discriminator=
 
 
 class CeLoss(Section):
-    """Hard labels only."""
+    """Hard labels only. ``class_weights: balanced`` lets every class of the training split weigh the same."""
 
     name: Literal["ce"]
+    class_weights: Literal["balanced"] | None = setting(None, digest="not_at_default")
 
 
 class KdLoss(Section):
-    """Softened teacher logits weighted with the hard labels (Hinton et al. 2015)."""
+    """Softened teacher logits weighted with the hard labels (Hinton et al. 2015); ``class_weights`` is for those."""
 
     name: Literal["kd"]
     temperature: float = setting(2.0, gt=0, le=100)
     alpha: float = setting(0.9, ge=0, le=1)
+    class_weights: Literal["balanced"] | None = setting(None, digest="not_at_default")
 
 
 LossConfig: TypeAlias = Annotated[CeLoss | KdLoss, Field(discriminator="name")]
@@ -217,6 +403,14 @@ class TeacherConfig(Section):
     model: ModelConfig
     train: TrainConfig = setting(TrainConfig())
     seed: int = setting(0, ge=0)
+    loss: CeLoss = setting(CeLoss(name="ce"), digest="not_at_default")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ce_unless_named(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and isinstance(loss := raw.get("loss"), dict) and "name" not in loss:
+            return {**raw, "loss": {"name": "ce", **loss}}
+        return raw
 
 
 class LabelsConfig(Section):
@@ -597,13 +791,35 @@ def _tag_matches(model: type[BaseModel], raw: Mapping[str, Any]) -> bool:
 
 
 def _absolute_paths(config: Config) -> Config:
-    if isinstance(config.data, IdxData):
-        path = config.data.path.removeprefix("file://")
+    data = config.data
+    if isinstance(data, IdxData):
+        path = data.path.removeprefix("file://")
         if "://" in path:
             raise UserError("data.path: source idx reads local files, this is a URI: copy the folder to a local path")
-        data = config.data.model_copy(update={"path": str(Path(path).expanduser().resolve())})
-        config = config.model_copy(update={"data": data})
+        config = _with_data(config, path=str(Path(path).expanduser().resolve()))
+    elif isinstance(data, ParquetData | ImagesData | HuggingfaceData):
+        path = _absolute("data.path", data.path)
+        config = _with_data(config, path=path)
+        if isinstance(data, ParquetData) and data.root is not None:
+            config = _with_data(config, root=_absolute("data.root", data.root))
+        if isinstance(data, ImagesData) and data.table is not None and "/" in data.table:
+            config = _with_data(config, table=_absolute("data.table", data.table))
     if config.cluster.cache_dir != "auto":
         where = str(Path(config.cluster.cache_dir).expanduser().absolute())
         config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"cache_dir": where})})
     return config
+
+
+def _with_data(config: Config, **changes: str) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def _absolute(key: str, location: str) -> str:
+    """A local path from where the command is typed; a URI as it is."""
+    location = location.removeprefix("file://")
+    if "://" not in location:
+        return str(Path(location).expanduser().absolute())
+    place, _, options = location.split("://", 1)[1].partition("?")
+    if "@" in place.split("/", 1)[0] or re.search(r"(key|secret|token|password)[^=&]*=", options, re.IGNORECASE):
+        raise UserError(f"{key}: a URI with credentials in it: leave them out, and set them in the environment")
+    return location

@@ -10,6 +10,7 @@ in how many of their rows are labelled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,9 +45,23 @@ class LossTerms:
         return LossTerms(*(one.detach() + two.detach() for one, two in pairs))
 
 
-def ce(student_BC: Tensor, labels_B: Tensor, share: Share | None = None) -> Tensor:
-    """Cross-entropy with the hard labels, a mean over the labelled rows; 0 where no row is labelled."""
-    total = F.cross_entropy(student_BC.float(), labels_B, ignore_index=UNLABELLED, reduction="sum")
+def balanced_weights(rows_C: Sequence[int]) -> tuple[float, ...]:
+    """Weights under which every class has the same part in the loss, and a row's weight is 1 on average.
+
+    ``rows_C`` are the labelled rows of each class; a class without rows weighs nothing. The usual inverse frequency,
+    ``N / (classes with rows * rows of the class)`` (King, Zeng 2001, "Logistic regression in rare events data").
+    """
+    present = sum(rows > 0 for rows in rows_C)
+    return tuple(sum(rows_C) / (present * rows) if rows else 0.0 for rows in rows_C)
+
+
+def ce(student_BC: Tensor, labels_B: Tensor, share: Share | None = None, weights_C: Tensor | None = None) -> Tensor:
+    """Cross-entropy with the hard labels, a mean over the labelled rows; 0 where no row is labelled.
+
+    With ``weights_C`` each row counts by the weight of its class. The sum is divided by the number of labelled rows,
+    not by their weights: so the parts of a batch add up, and the mean over batches is that over the data.
+    """
+    total = F.cross_entropy(student_BC.float(), labels_B, weights_C, ignore_index=UNLABELLED, reduction="sum")
     if share is not None:
         return total / max(1, share.labelled)
     return total / (labels_B != UNLABELLED).sum().clamp(min=1)
@@ -72,9 +87,10 @@ def kd(
     temperature: float,
     alpha: float,
     share: Share | None = None,
+    weights_C: Tensor | None = None,
 ) -> LossTerms:
     """``alpha * T^2 * KL(teacher_T || student_T) + (1 - alpha) * CE`` (Hinton, Vinyals, Dean 2015, section 2)."""
-    soft, hard = soft_kl(student_BC, teacher_BC, temperature, share), ce(student_BC, labels_B, share)
+    soft, hard = soft_kl(student_BC, teacher_BC, temperature, share), ce(student_BC, labels_B, share, weights_C)
     return LossTerms(alpha * soft + (1 - alpha) * hard, hard, soft)
 
 
@@ -84,8 +100,11 @@ def compute(
     labels_B: Tensor,
     teacher_BC: Tensor | None,
     share: Share | None = None,
+    weights_C: Tensor | None = None,
 ) -> LossTerms:
     """The loss that the config names; with ``share``, this part's contribution to the loss of the larger batch.
+
+    ``weights_C`` are the classes' weights in its CE term.
 
     Raises:
         UserError: the loss needs teacher logits and there are none.
@@ -93,6 +112,9 @@ def compute(
     if isinstance(loss, KdLoss):
         if teacher_BC is None:
             raise UserError("student.loss.name kd: needs a teacher's labels")
-        return kd(student_BC, teacher_BC, labels_B, temperature=loss.temperature, alpha=loss.alpha, share=share)
-    hard = ce(student_BC, labels_B, share)
+        return kd(
+            student_BC, teacher_BC, labels_B, temperature=loss.temperature, alpha=loss.alpha, share=share,
+            weights_C=weights_C,
+        )  # fmt: skip
+    hard = ce(student_BC, labels_B, share, weights_C)
     return LossTerms(hard, hard, torch.zeros_like(hard))

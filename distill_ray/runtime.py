@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from distill_ray import placing
-from distill_ray.config import Config, IdxData
+from distill_ray.config import Config
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Node
+from distill_ray.sources.files import split_location
 from distill_ray.storage import Folder, impatience
 
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
@@ -79,8 +80,8 @@ class Session:
                 signal.signal(signal.SIGTERM, on_sigterm)
 
     def _source_path(self) -> str | None:
-        data = self._config.data
-        return data.path if isinstance(data, IdxData) else None
+        path = getattr(self._config.data, "path", None)
+        return None if path is None else split_location(path)[0]  # of a pattern the folder that it is in
 
     @property
     def address(self) -> str:
@@ -234,7 +235,8 @@ def data() -> Any:
     import ray.data
 
     if not os.environ.get(DEBUG_VARIABLE):
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # set up anew by the import of ray.data
+        # Set up anew by the import of ray.data. A failure is told by our own line; Ray's report of it has pages.
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     options = ray.data.DataContext.get_current()
     options.enable_progress_bars = False
     options.print_on_execution_start = False
@@ -250,7 +252,8 @@ def as_run_error(stage: str, error: BaseException) -> RunError | UserError:
     chain = list(_causes(error))
     for cause in reversed(chain):
         if type(cause) in (UserError, RunError):
-            return type(cause)(f"{stage}: {cause}")  # type: ignore[return-value]
+            ours = str(cause).partition("\n")[0].rstrip()  # Ray Data adds lines about its own retries
+            return type(cause)(f"{stage}: {ours}")  # type: ignore[return-value]
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
     reason = f"{type(chain[-1]).__name__}: {lines[-1]}" if lines else type(chain[-1]).__name__
     return RunError(f"{stage} failed: {reason}; finished work is kept, the same command continues")

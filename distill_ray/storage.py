@@ -297,6 +297,14 @@ def _may_pass(error: BaseException) -> bool:
     return not any(mark in text for mark in _FINAL)
 
 
+def filesystem_of(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a local path or URI, and the path in it."""
+    return _remote(uri) if "://" in uri else (_LOCAL, uri)
+
+
+_LOCAL = pafs.LocalFileSystem()
+
+
 @lru_cache(maxsize=256)
 def _remote(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI, with its open connections, and the path in it."""

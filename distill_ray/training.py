@@ -53,13 +53,14 @@ class Worker:
 
 @dataclass(frozen=True)
 class FitSpec:
-    """What is trained: ``precision`` is already resolved, never ``auto``."""
+    """What is trained: ``precision`` is already resolved, never ``auto``; ``class_weights`` are of the CE term."""
 
     model: ModelSpec
     train: TrainConfig
     loss: CeLoss | KdLoss
     seed: int
     precision: str
+    class_weights: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class _State:
     unfinished: Unfinished | None  # where within its epoch the training continues
     saved_at: float
     must_save: Callable[[], bool]
+    class_weights: Tensor | None
 
     @classmethod
     def start(cls, spec: FitSpec, folder: Folder, worker: Worker, must_save: Callable[[], bool]) -> _State:
@@ -181,6 +183,7 @@ class _State:
             spec, worker, folder, classifier, _wrapped(classifier, spec.train, worker), average, optimizer, scaler,
             saved.history if saved is not None else [], saved.best_epoch if saved is not None else 0,
             saved.unfinished if saved is not None else None, time.monotonic(), must_save,
+            None if spec.class_weights is None else torch.tensor(spec.class_weights, device=worker.device),
         )  # fmt: skip
 
     def finish_epoch(self, epoch: int, row: dict[str, float], folder: Folder) -> None:
@@ -311,7 +314,7 @@ def _step(state: _State, batch: Batch) -> losses.LossTerms:
         with exchange:
             with precision.autocast(spec.precision, worker.device):
                 student_BC = state.model(inputs)
-            part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share)
+            part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share, state.class_weights)
             if batch.empty:  # it still takes part in the exchange of gradients, with a row that does not count
                 part = losses.LossTerms(part.total * 0, part.ce * 0, part.kd * 0)
             # The contributions of the workers add up; DistributedDataParallel takes their mean.

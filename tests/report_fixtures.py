@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from distill_ray.artifacts import Stage
-from distill_ray.config import CeLoss, Config, KdLoss, TrainConfig, from_dict, to_dict
+from distill_ray.config import CeLoss, Config, Glyph62Data, KdLoss, TrainConfig, from_dict, to_dict
 from distill_ray.console import Reporter
 from distill_ray.inference import logits_of
 from distill_ray.models import ModelSpec, load_model
@@ -71,6 +71,7 @@ def _spec(store: Store, model: Any) -> ModelSpec:
 
 
 def _write_data(config: Config, target: Stage) -> Store:
+    assert isinstance(config.data, Glyph62Data)
     source = open_source(config.data)
     info = source.info()
     records: list[ShardRecord] = []

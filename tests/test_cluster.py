@@ -30,7 +30,7 @@ START_TIMEOUT_S = 120
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as Ray wants it since 2.60
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -76,14 +76,14 @@ class Cluster:
 @pytest.fixture
 def head() -> Iterator[Cluster]:
     """A head alone."""
-    cluster = Cluster(f"127.0.0.1:{_free_port()}")
+    cluster = Cluster(f"127.0.0.1:{free_port()}")
     # Of its own and short (sockets lie in it): `ray start` writes the cluster's address there for others to find.
     scratch = tempfile.mkdtemp(prefix="ray-")
     port = cluster.address.split(":")[1]
     place = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", f"--temp-dir={scratch}"]
     try:
         cluster.start_node("--head", f"--port={port}", *place)
-        _wait_for_port(cluster.address)  # a second node gives up at once where there is no head
+        wait_for_port(cluster.address)  # a second node gives up at once where there is no head
         yield cluster
     finally:
         for node in cluster.nodes:
@@ -101,7 +101,7 @@ def two_nodes(head: Cluster) -> Cluster:
     return head
 
 
-def _wait_for_port(address: str) -> None:
+def wait_for_port(address: str) -> None:
     host, port = address.split(":")
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:

@@ -67,6 +67,21 @@ def test_overrides_reach_nested_keys_with_their_yaml_type(tmp_path: Path) -> Non
         (["name=../elsewhere"], ["name", "pattern"]),
         (["labels.views=4"], ["labels.views", "4"]),
         (["student.model=3"], ["student.model"]),
+        (["data={source: parquet, path: x}"], ["data.columns", "missing"]),
+        (["data={source: parquet, path: x, columns: {inptu: a}}"], ["data.columns.inptu", "did you mean 'input'"]),
+        (["data={source: parquet, path: x, columns: {input: [a, a]}}"], ["data.columns.input", "different names"]),
+        (["data={source: parket, path: x}"], ["'parket'", "did you mean 'parquet'"]),
+        (["data={source: images, path: x, table: y}"], ["table and columns go together"]),
+        (["data={source: parquet, path: x, columns: {input: a}, input: {std: [0]}}"], ["data.input.std", "above 0"]),
+        (["data={source: parquet, path: x, columns: {input: a}, input: {mean: avto}}"], ["data.input.mean"]),
+        (["data={source: parquet, path: x, columns: {input: a}, class_names: [b, b]}"], ["class_names", "twice"]),
+        (["data.split.stratify=true"], ["data", "glyph62 is split by style"]),
+        (["data.split.stratify=yeah"], ["data.split.stratify", "boolean"]),
+        (["data.split={stratify: true, group_by: a}"], ["data.split", "give one"]),
+        (["data.split.column=a"], ["source glyph62 has none"]),
+        (["data.input.channels=3"], ["not for source glyph62"]),
+        (["student.loss.class_weights=heavy"], ["student.loss.class_weights", "balanced"]),
+        (["teacher.loss.temperature=2"], ["teacher.loss.temperature", "unknown key"]),
         (["tune={space: {loss.temperature: {unform: [1, 2]}}}"], ["tune.space", "did you mean 'uniform'", "override"]),
     ],
 )  # fmt: skip
@@ -139,6 +154,23 @@ def test_a_relative_source_path_is_made_absolute_when_loaded(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     config = _load(tmp_path, "data={source: idx, path: images}")
     assert getattr(config.data, "path", None) == str(tmp_path / "images")
+
+
+@pytest.mark.parametrize("path", ["s3://key:CANARY@bucket/set", "s3://bucket/set?secret_key=CANARY"])
+def test_credentials_in_a_uri_are_refused(tmp_path: Path, path: str) -> None:
+    with pytest.raises(UserError, match="data.path: a URI with credentials") as caught:
+        _load(tmp_path, f"data={{source: parquet, path: '{path}', columns: {{input: a}}}}")
+    assert "CANARY" not in str(caught.value)
+
+
+def test_paths_of_ones_own_become_absolute_and_uris_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for written, expected in (
+        ("set/*.parquet", f"{tmp_path}/set/*.parquet"),
+        ("s3://b/set?region=x", "s3://b/set?region=x"),
+    ):
+        config = _load(tmp_path, f"data={{source: parquet, path: '{written}', columns: {{input: a}}}}")
+        assert getattr(config.data, "path", None) == expected
 
 
 def test_the_published_schema_is_that_of_the_config() -> None:

@@ -103,3 +103,31 @@ def test_kd_without_a_teacher_is_refused_by_name() -> None:
     with pytest.raises(UserError, match="kd"):
         losses.compute(KdLoss(name="kd"), torch.tensor(STUDENT), torch.tensor(LABELS), None)
     assert float(losses.compute(CeLoss(name="ce"), torch.tensor(STUDENT), torch.tensor(LABELS), None).kd) == 0.0
+
+
+def test_balanced_weights_give_each_class_the_same_part() -> None:
+    weights = losses.balanced_weights([90, 9, 0, 1])
+    assert weights == pytest.approx((100 / 270, 100 / 27, 0.0, 100 / 3))
+    assert sum(w * n for w, n in zip(weights, [90, 9, 0, 1], strict=True)) == pytest.approx(100)  # 1 a row on average
+
+
+def test_weighted_ce_is_the_formula_and_its_parts_add_up() -> None:
+    rng = np.random.default_rng(0)
+    student, labels = rng.normal(size=(12, 3)), rng.integers(-1, 3, 12)
+    weights = np.array([0.5, 1.0, 4.0])
+    log_softmax = student - np.log(np.exp(student).sum(axis=1, keepdims=True))
+    known = labels >= 0
+    expected = -(weights[labels] * log_softmax[np.arange(12), labels])[known].sum() / known.sum()
+    given = (torch.tensor(student), torch.tensor(labels))
+    weights_C = torch.tensor(weights, dtype=torch.float32)
+    assert float(losses.ce(*given, weights_C=weights_C)) == pytest.approx(expected, abs=1e-6)
+    share = losses.Share(12, int(known.sum()))
+    for loss in (CeLoss(name="ce"), KdLoss(name="kd", temperature=2.0, alpha=0.3)):
+        teacher = torch.tensor(rng.normal(size=(12, 3)))
+        whole = losses.compute(loss, *given, teacher, weights_C=weights_C)
+        parts = [
+            losses.compute(loss, given[0][part], given[1][part], teacher[part], share, weights_C)
+            for part in (slice(0, 2), slice(2, 9), slice(9, 12))
+        ]
+        assert sum(float(part.total) for part in parts) == pytest.approx(float(whole.total), abs=1e-5)
+        assert torch.equal(whole.ce, losses.ce(*given, weights_C=weights_C))

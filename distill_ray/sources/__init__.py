@@ -1,16 +1,49 @@
-"""Where examples come from: one module a source, each giving a :class:`~distill_ray.sources.base.Source`."""
+"""Where examples come from: one module a source.
+
+``glyph62``, ``idx``, ``images`` and ``huggingface`` give rows by number; ``parquet`` is read in pieces.
+"""
 
 from __future__ import annotations
 
-from distill_ray.config import DataBase, Glyph62Data, IdxData
-from distill_ray.sources.base import SPLITS, Examples, Source, SourceInfo
+from functools import lru_cache
+from typing import overload
+
+from pydantic import TypeAdapter
+
+from distill_ray.config import DataBase, DataConfig, Glyph62Data, HuggingfaceData, IdxData, ImagesData, ParquetData
+from distill_ray.sources.base import SPLITS, BadRow, Examples, OwnSource, Piece, Source, SourceInfo
 from distill_ray.sources.glyph62 import Glyph62Source
+from distill_ray.sources.huggingface import HuggingfaceSource
 from distill_ray.sources.idx import IdxSource
+from distill_ray.sources.images import ImagesSource
+from distill_ray.sources.parquet import ParquetSource
 
-__all__ = ["SPLITS", "Examples", "Source", "SourceInfo", "open_source"]
+__all__ = [
+    "SPLITS",
+    "AnySource",
+    "BadRow",
+    "Examples",
+    "HuggingfaceSource",
+    "ImagesSource",
+    "OwnSource",
+    "ParquetSource",
+    "Piece",
+    "Source",
+    "SourceInfo",
+    "open_cached",
+    "open_source",
+]
+
+AnySource = Glyph62Source | IdxSource | ImagesSource | HuggingfaceSource | ParquetSource
 
 
-def open_source(config: DataBase) -> Source:
+@overload
+def open_source(config: Glyph62Data) -> Glyph62Source: ...
+@overload
+def open_source(config: IdxData) -> IdxSource: ...
+@overload
+def open_source(config: DataBase) -> AnySource: ...
+def open_source(config: DataBase) -> AnySource:
     """The source that ``config`` describes.
 
     Raises:
@@ -20,4 +53,20 @@ def open_source(config: DataBase) -> Source:
         return Glyph62Source(config)
     if isinstance(config, IdxData):
         return IdxSource(config)
+    if isinstance(config, ParquetData):
+        return ParquetSource(config)
+    if isinstance(config, ImagesData):
+        return ImagesSource(config)
+    if isinstance(config, HuggingfaceData):
+        return HuggingfaceSource(config)
     raise TypeError(f"no source for {type(config).__name__}")
+
+
+def open_cached(config: DataBase) -> AnySource:
+    """The same source again where this process has just opened it: a worker makes many shards of one."""
+    return _open_cached(config.model_dump_json())
+
+
+@lru_cache(maxsize=1)
+def _open_cached(config: str) -> AnySource:
+    return open_source(TypeAdapter(DataConfig).validate_json(config))

@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
-SPLITS = ("train", "validation", "test")
-Indices = npt.NDArray[np.int64]
+from distill_ray.config import OwnData
+from distill_ray.errors import UserError
+from distill_ray.sources.annotations import Annotations, check_classes
+from distill_ray.sources.decoding import Layout
+from distill_ray.sources.splitting import SPLITS, Indices, split_by_fractions
+
+__all__ = [
+    "SPLITS",
+    "BadRow",
+    "Examples",
+    "Indices",
+    "OwnSource",
+    "Piece",
+    "Source",
+    "SourceInfo",
+    "StreamedSource",
+    "described",
+    "split_by_fractions",
+]
+
+_NAMED = 5  # bad rows that are named one by one
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is known of a source before its rows are read."""
+    """What is known of a source before its rows are read.
+
+    ``labels`` are by row number, -1 where there is none; None where the source does not tell them beforehand.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -23,6 +46,8 @@ class SourceInfo:
     synthetic: bool
     splits: Mapping[str, Indices]  # split -> the source's own row numbers
     warnings: tuple[str, ...] = ()  # what looks wrong but may be meant
+    labels: npt.NDArray[np.int64] | None = None
+    bad_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +56,19 @@ class Examples:
 
     inputs: npt.NDArray[Any]
     labels: npt.NDArray[np.int64]
-    source_ids: Sequence[str]
+    source_ids: Sequence[str] | pa.Array
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row whose input cannot be used."""
+
+    row: int
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 class Source(Protocol):
@@ -50,16 +87,97 @@ class Source(Protocol):
         ...
 
 
-def split_by_fractions(rows: Indices, fractions: Sequence[float], seed: int) -> dict[str, Indices]:
-    """Divide ``rows`` at random into train, validation (and test, where three fractions are given).
+class OwnSource(Source, Protocol):
+    """Rows of the user's own, by number, some of which may be bad."""
 
-    Every split whose fraction is above 0 gets at least one row.
+    rows: int
+
+    def info(self, bad: Sequence[BadRow] = ()) -> SourceInfo:
+        """Shape, classes and splits, without the bad rows."""
+        ...
+
+    def bad_rows(self, indices: Indices) -> list[BadRow]:
+        """Those of these rows whose input cannot be used."""
+        ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a streamed source that one task reads: ``rows`` rows from ``first_row`` on.
+
+    ``parts`` says where they are: (file number, row groups, rows in them).
     """
-    order = np.random.default_rng((seed, 1)).permutation(rows)
-    counts = [max(1, round(f * len(rows))) if f > 0 else 0 for f in fractions[1:]]
-    splits: dict[str, Indices] = {}
-    start = 0
-    for name, count in zip(SPLITS[1:], counts, strict=False):
-        splits[name] = np.sort(order[start : start + count])
-        start += count
-    return {"train": np.sort(order[start:]), **splits}
+
+    first_row: int
+    rows: int
+    parts: tuple[tuple[int, tuple[int, ...], int], ...] = field(default=())
+
+
+class StreamedSource(Protocol):
+    """Rows that are read piece by piece, each piece from its beginning to its end."""
+
+    rows: int
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON-able description of the source files' state, part of the data digest."""
+        ...
+
+    def pieces(self) -> Sequence[Piece]:
+        """All of the rows, in order."""
+        ...
+
+    def annotated(self) -> bool:
+        """Whether there is anything for ``annotations`` to read."""
+        ...
+
+    def annotations(self, piece: Piece) -> Iterator[tuple[int, pa.Table]]:
+        """The condensed small columns of a piece: the offset in it, and some rows."""
+        ...
+
+    def info(self, small: Iterable[tuple[int, pa.Table]], bad: Sequence[BadRow] = ()) -> SourceInfo:
+        """Shape, classes and splits, from the small columns of all rows: the number of the first, and some rows."""
+        ...
+
+    def layout(self) -> Layout:
+        """Shape and dtype of the rows, from the first that can be used."""
+        ...
+
+    def stream(
+        self, piece: Piece, layout: Layout, wanted: npt.NDArray[np.bool_]
+    ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any], pa.Array, list[BadRow]]]:
+        """The ``wanted`` rows of a piece, some at a time: their offsets in it, inputs, ids, and those that are bad."""
+        ...
+
+
+def described(
+    config: OwnData, annotations: Annotations, layout: Layout, bad: Sequence[BadRow], *, stratify_mend: bool = True
+) -> SourceInfo:
+    """What the small columns of all rows and the layout of the inputs say of a source.
+
+    Raises:
+        UserError: labels or splits that cannot be; more bad rows than allowed.
+    """
+    check_bad_rows(config, bad)
+    labels, names = annotations.classes()
+    splits = annotations.splits(labels, [row.row for row in bad])
+    mend = "leave it out, or set data.split.stratify=true" if config.split.column is None else "leave its rows out"
+    warnings = check_classes(labels, names, splits, mend)
+    if bad:
+        named = "; ".join(str(row) for row in bad[:_NAMED])
+        warnings = (*warnings, f"{len(bad)} row(s) are left out, whose input cannot be used: {named}")
+    return SourceInfo(layout.shape, layout.dtype, names, False, splits, warnings, labels, len(bad))
+
+
+def check_bad_rows(config: OwnData, bad: Sequence[BadRow]) -> None:
+    """Refuse more bad rows than the config allows.
+
+    Raises:
+        UserError: names the first of them.
+    """
+    if len(bad) <= config.max_bad_rows:
+        return
+    first = min(bad, key=lambda row: row.row)
+    count = "" if len(bad) == 1 else f" ({len(bad)} such rows)"
+    raise UserError(
+        f"{first}{count}: mend or remove it, or let data.max_bad_rows ({config.max_bad_rows}) leave some out"
+    )

@@ -145,7 +145,8 @@ class Glyph62Source:
                 raise UserError(
                     f"data.split.fractions: the share of {name} is too small for one of {len(STYLES)} styles"
                 )
-        return SourceInfo((1, SIDE, SIDE), "uint8", tuple(CHARACTERS), True, splits)
+        labels = np.arange(self._config.rows, dtype=np.int64) % len(CHARACTERS)
+        return SourceInfo((1, SIDE, SIDE), "uint8", tuple(CHARACTERS), True, splits, labels=labels)
 
     def _bounds(self) -> npt.NDArray[np.int64]:
         """First row of each split, and the number of rows: splits are consecutive ranges of row numbers."""

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from distill_ray.config import IdxData
 from distill_ray.errors import UserError
-from distill_ray.sources.base import Examples, Indices, SourceInfo, split_by_fractions
+from distill_ray.sources.base import Examples, Indices, SourceInfo
+from distill_ray.sources.splitting import split_by_class, split_by_fractions
 
 _IMAGES, _LABELS = "{}-images-idx3-ubyte", "{}-labels-idx1-ubyte"
 _UBYTE = 0x08
@@ -129,13 +130,17 @@ class IdxSource:
             raise UserError(f"{self._file(_LABELS, 'train')}: holds one class only: nothing to learn")
         train = self._sample(np.arange(len(images), dtype=np.int64), self._config.rows, "rows")
         test = np.arange(len(images), len(images) + len(test_images), dtype=np.int64)
-        splits = split_by_fractions(train, self._fractions, self._config.seed)
+        known = np.concatenate([labels, test_labels]).astype(np.int64)
+        if self._config.split.stratify:
+            splits = split_by_class(train, known[train], self._fractions, self._config.seed)
+        else:
+            splits = split_by_fractions(train, self._fractions, self._config.seed)
         splits["test"] = self._sample(test, self._config.test_rows, "test_rows")
         if len(splits["train"]) == 0:
             raise UserError(f"data.rows {len(train)}: too few to divide into train and validation")
         names = tuple(str(c) for c in range(classes))
         warnings = self._empty_classes(labels[splits["train"]], classes)
-        return SourceInfo((1, *images.shape[1:]), "uint8", names, False, splits, warnings)
+        return SourceInfo((1, *images.shape[1:]), "uint8", names, False, splits, warnings, known)
 
     def _empty_classes(self, labels: npt.NDArray[np.uint8], classes: int) -> tuple[str, ...]:
         empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distill_ray import metrics, precision, profiling
+from distill_ray import losses, metrics, precision, profiling
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
 from distill_ray.config import CeLoss, KdLoss, PrecisionName, StudentConfig, TeacherConfig, TrainConfig
 from distill_ray.errors import UserError
@@ -39,7 +39,25 @@ def student_spec(
 ) -> FitSpec:
     """What ``fit`` needs for the student of ``folder``."""
     resolved = resolve_precision(folder, student.train.precision, device)
-    return FitSpec(model_spec(data, student.model), student.train, loss, seed, resolved)
+    weights = class_weights(loss, data)
+    return FitSpec(model_spec(data, student.model), student.train, loss, seed, resolved, weights)
+
+
+def class_weights(loss: CeLoss | KdLoss, data: DataManifest) -> tuple[float, ...] | None:
+    """The classes' weights in the CE term, from the training split; None where the loss has none.
+
+    Raises:
+        UserError: the data store is an older one, which does not say how many rows each class has.
+    """
+    if loss.class_weights is None:
+        return None
+    counts = (data.class_counts or {}).get("train")
+    if counts is None:
+        raise UserError(
+            f"loss.class_weights {loss.class_weights}: the data store {data.digest} does not say how many rows each "
+            "class has (an earlier version made it): delete its folder, the same command makes it again"
+        )
+    return losses.balanced_weights(counts)
 
 
 def resolve_precision(folder: Folder, asked: PrecisionName, device: torch.device) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config
+from distill_ray.config import Config, InputConfig, InputWish
 from distill_ray.errors import UserError
 from distill_ray.store import ShardCache, Store, check_identity, check_twins, open_store
 from distill_ray.store import manifest as manifests
@@ -26,13 +26,23 @@ def data_store(config: Config, data: Stage) -> Store:
     manifest = store.data_manifest
     check_identity(store, data.digest, _REMEDY)
     held, wanted = manifest.input, config.data.input
-    if held != wanted:
-        differing = next(key for key in type(held).model_fields if getattr(held, key) != getattr(wanted, key))
+    differing = _differing_key(held, wanted)
+    if differing is not None:
         raise UserError(
             f"{data.folder}: the input contract of data {data.digest} is another: {differing} "
             f"{getattr(held, differing)}, the config has {getattr(wanted, differing)}: {_REMEDY}"
         )
     return store
+
+
+def _differing_key(held: InputConfig, wanted: InputConfig | InputWish) -> str | None:
+    """The first key in which a store's contract is not what the config asks for."""
+    free = (None, "auto") if isinstance(wanted, InputWish) else ()  # what the rows decided
+    for key in type(wanted).model_fields:
+        given = getattr(wanted, key)
+        if given not in free and getattr(held, key) != given:
+            return key
+    return None
 
 
 def label_store(config: Config, labels: Stage, data: Store) -> Store:

@@ -40,6 +40,7 @@ def write(context: Context) -> dict[str, Any]:
         "name": context.config.name,
         "code_version": __version__,
         "synthetic": (data.finished() or {}).get("synthetic"),
+        "class_counts": (data.finished() or {}).get("class_counts"),
         "rows": rows(model, students),
         "precision_check": (labels.finished() or {}).get("precision_check"),
         "stages": [outcome.to_json() for outcome in context.outcomes.values()],

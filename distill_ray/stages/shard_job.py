@@ -111,6 +111,28 @@ def run_shards(
     Raises:
         UserError, RunError: what the work raised in its process.
     """
+    for text, notes in _run(stage, items, work, arguments, placement):
+        yield Written(ShardRecord.model_validate_json(text), notes)
+
+
+def run_items(
+    stage: str,
+    items: Sequence[Mapping[str, Any]],
+    work: Callable[..., str],
+    arguments: Mapping[str, Any],
+) -> Iterator[str]:
+    """As ``run_shards``, for a function whose answer is any text."""
+    for text, _ in _run(stage, items, work, arguments, None):
+        yield text
+
+
+def _run(
+    stage: str,
+    items: Sequence[Mapping[str, Any]],
+    work: Callable[..., Written | str] | type,
+    arguments: Mapping[str, Any],
+    placement: Placement | None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     if not items:
         return
     data = runtime.data()
@@ -138,7 +160,7 @@ def run_shards(
 class _Task:
     """A function over items, as Ray Data tasks."""
 
-    def __init__(self, work: Callable[..., Written], arguments: Mapping[str, Any]) -> None:
+    def __init__(self, work: Callable[..., Written | str] | type, arguments: Mapping[str, Any]) -> None:
         self._work, self._arguments = work, arguments
 
     def __call__(self, item: dict[str, Any]) -> dict[str, str]:
@@ -165,11 +187,13 @@ def _raiser(error: Exception) -> Callable[[Any], Written]:
     return work
 
 
-def _packed(work: Callable[[], Written]) -> dict[str, str]:
-    """The record, or what went wrong, as a row: Ray Data wraps exceptions and loses their cause on the way."""
+def _packed(work: Callable[[], Written | str]) -> dict[str, str]:
+    """The answer, or what went wrong, as a row: Ray Data wraps exceptions and loses their cause on the way."""
     try:
-        written = work()
-        return {"record": written.record.model_dump_json(), "notes": json.dumps(written.notes), "error": ""}
+        answer = work()
+        if isinstance(answer, str):
+            return {"answer": answer, "notes": "{}", "error": ""}
+        return {"answer": answer.record.model_dump_json(), "notes": json.dumps(answer.notes), "error": ""}
     except Exception as error:
         told = isinstance(error, DistillRayError)
         place = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
@@ -180,12 +204,12 @@ def _packed(work: Callable[[], Written]) -> dict[str, str]:
             "message": str(error) if told else f"{place}{reason or type(error).__name__}",
             "trace": traceback.format_exc(),
         }
-        return {"record": "", "notes": "", "error": json.dumps(problem)}
+        return {"answer": "", "notes": "", "error": json.dumps(problem)}
 
 
-def _unpacked(stage: str, row: Mapping[str, str]) -> Written:
+def _unpacked(stage: str, row: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     if not row["error"]:
-        return Written(ShardRecord.model_validate_json(row["record"]), json.loads(row["notes"]))
+        return row["answer"], json.loads(row["notes"])
     problem = json.loads(row["error"])
     if problem["user"]:
         failure: DistillRayError = UserError(f"{stage}: {problem['message']}")

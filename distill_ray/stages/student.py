@@ -59,7 +59,7 @@ def students_of(config: Config, out: Folder, data: Stage, labels: Stage) -> list
     for seed in config.student.seeds:
         losses: list[tuple[Role, CeLoss | KdLoss]] = [("student", config.student.loss)]
         if not isinstance(config.student.loss, CeLoss):
-            losses.append(("control", CeLoss(name="ce")))
+            losses.append(("control", CeLoss(name="ce", class_weights=config.student.loss.class_weights)))
         wanted += [Student(role, loss, seed, locate(config, out, data, labels, loss, seed)) for role, loss in losses]
     return wanted
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from distill_ray import artifacts, placing, profiling, runtime
 from distill_ray.artifacts import Stage
-from distill_ray.config import CeLoss, Config, digest_payload, from_dict, to_dict
+from distill_ray.config import Config, digest_payload, from_dict, to_dict
 from distill_ray.errors import DistillRayError, RunError, UserError
 from distill_ray.placing import Placement
 from distill_ray.stages import opening, prepare, progress
@@ -188,8 +188,8 @@ def _train_in_worker(arguments: dict[str, Any]) -> int:
         }  # fmt: skip
         write_stage_config(target, config_section(config, "teacher"), where)
     spec = FitSpec(
-        model_folder.model_spec(data.data_manifest, config.teacher.model), config.teacher.train, CeLoss(name="ce"),
-        config.teacher.seed, resolved,
+        model_folder.model_spec(data.data_manifest, config.teacher.model), config.teacher.train, config.teacher.loss,
+        config.teacher.seed, resolved, model_folder.class_weights(config.teacher.loss, data.data_manifest),
     )  # fmt: skip
     last: dict[str, float] = {}
     result = fit(

@@ -6,7 +6,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from distill_ray.config import InputConfig
 from distill_ray.errors import UserError
@@ -75,7 +83,11 @@ class StoreManifest(_Part):
 
 
 class DataManifest(StoreManifest):
-    """A data store: inputs and hard labels."""
+    """A data store: inputs and hard labels.
+
+    ``class_counts`` are the labelled rows of each class, by split; ``bad_rows`` how many rows of the source were left
+    out. Both are absent where they are not known.
+    """
 
     kind: Literal["data"] = "data"
     source: str
@@ -84,6 +96,13 @@ class DataManifest(StoreManifest):
     dtype: str
     input: InputConfig
     config: dict[str, Any]
+    class_counts: dict[str, tuple[int, ...]] | None = None
+    bad_rows: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        plain: dict[str, Any] = handler(self)
+        return {k: v for k, v in plain.items() if v is not None or k not in ("class_counts", "bad_rows")}
 
 
 class LabelManifest(StoreManifest):

@@ -49,7 +49,7 @@ def encode_data(
     width = int(np.prod(inputs.shape[1:], dtype=np.int64))
     columns = {
         "row_id": pa.array(row_ids, type=pa.int64()),
-        "source_id": pa.array(source_ids),
+        "source_id": source_ids if isinstance(source_ids, pa.Array) else pa.array(source_ids),
         "input": pa.FixedSizeListArray.from_arrays(pa.array(flat), width),
         "label": pa.array(labels, type=pa.int64(), mask=labels < 0),
     }

@@ -1,0 +1,285 @@
+"""Columns of numbers and of images into arrays, all rows of one shape; what cannot be used is told row by row.
+
+Shapes: B rows. Every function returns ``inputs`` [B, *shape] and the faults, offset -> reason; the values of a faulty
+row are 0 and must not be used.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from distill_ray.config import InputWish
+from distill_ray.errors import UserError
+from distill_ray.storage import reason_of
+
+Kind = Literal["list", "scalars", "images", "paths"]
+Faults = dict[int, str]
+Array = npt.NDArray[Any]
+
+# Of the formats that Pillow knows, those that are pictures and nothing else: it hands EPS to ghostscript.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_INT32 = np.iinfo(np.int32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How inputs are stored in the source (``kind``), and the ``shape`` and ``dtype`` that each becomes."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def width(self) -> int:
+        """Numbers of one row."""
+        return math.prod(self.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.width * np.dtype(self.dtype).itemsize
+
+
+# --- which kind, from the type of the column -------------------------------------------------------------------------
+
+
+def kind_of(name: str, column: pa.DataType) -> Kind:
+    """What the input column holds.
+
+    Raises:
+        UserError: nothing that can be an input.
+    """
+    column = storage_type(column)
+    if _is_list(column):
+        return "list"
+    if pa.types.is_struct(column) and {"bytes", "path"} <= {field.name for field in column}:
+        return "images"
+    if _is_binary(column):
+        return "images"
+    if pa.types.is_string(column) or pa.types.is_large_string(column) or pa.types.is_string_view(column):
+        return "paths"
+    dtype_of(name, column)
+    return "scalars"
+
+
+def dtype_of(name: str, column: pa.DataType) -> str:
+    """The stored dtype for numbers of this Arrow type.
+
+    Raises:
+        UserError: they are no numbers, or of a type that no store holds.
+    """
+    while _is_list(column := storage_type(column)):
+        column = column.value_type
+    if pa.types.is_uint8(column) or pa.types.is_boolean(column):
+        return "uint8"
+    if pa.types.is_integer(column):
+        return "int32"
+    if pa.types.is_float16(column):
+        return "float16"
+    if pa.types.is_floating(column):
+        return "float32"
+    raise UserError(
+        f"data.columns.input: column {name!r} holds {column}: an input is a list of numbers, a number, an encoded "
+        "image (bytes), or the path of one"
+    )
+
+
+def storage_type(column: pa.DataType) -> pa.DataType:
+    """The plain type below extension and dictionary types."""
+    if isinstance(column, pa.BaseExtensionType):
+        return storage_type(column.storage_type)
+    return storage_type(column.value_type) if pa.types.is_dictionary(column) else column
+
+
+def _is_list(column: pa.DataType) -> bool:
+    return bool(pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column))
+
+
+def _is_binary(column: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(column)
+        or pa.types.is_large_binary(column)
+        or pa.types.is_fixed_size_binary(column)
+        or pa.types.is_binary_view(column)
+    )
+
+
+def plain(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """One array of a plain type."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # too large for one
+        array = pa.concat_arrays(array.chunks)
+    while isinstance(array, pa.ExtensionArray | pa.DictionaryArray):
+        array = array.storage if isinstance(array, pa.ExtensionArray) else array.dictionary_decode()
+    return array
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def list_shape(row: pa.Scalar) -> tuple[int, ...] | None:
+    """The shape of one list, None where it is null, empty or ragged."""
+    try:
+        shape = np.shape(row.as_py())
+    except ValueError:
+        return None
+    return tuple(int(n) for n in shape) if shape and math.prod(shape) else None
+
+
+def lists(column: pa.Array, layout: Layout) -> tuple[Array, Faults]:
+    """Lists of numbers, nested or not, each of ``layout.width`` numbers."""
+    leaves, offsets = _leaves(column)
+    assert offsets is not None, "a list column"
+    widths = np.diff(offsets)
+    faults: Faults = {}
+    valid = column.is_valid().to_numpy(zero_copy_only=False)
+    for row in np.flatnonzero(~valid):
+        faults[int(row)] = "its input is null"
+    for row in np.flatnonzero(valid & (widths != layout.width)):
+        faults[int(row)] = f"its input has {widths[row]} numbers, expected {layout.width}"
+    good = np.flatnonzero(valid & (widths == layout.width))
+    picked = leaves.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
+    if len(good) < len(column):
+        places = (offsets[good][:, np.newaxis] - offsets[0] + np.arange(layout.width)).reshape(-1)
+        picked = picked.take(pa.array(places))
+    values, wrong = _converted(picked, layout)
+    inputs = np.zeros((len(column), layout.width), dtype=layout.dtype)
+    inputs[good] = values.reshape(-1, layout.width)
+    faults |= {int(good[offset]): reason for offset, reason in wrong.items()}
+    return inputs.reshape(-1, *layout.shape), faults
+
+
+def _leaves(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64] | None]:
+    """The numbers of a nested list column, and where each row's begin and end among them."""
+    array = plain(array)
+    if not _is_list(array.type):
+        return array, None
+    if pa.types.is_fixed_size_list(array.type):
+        offsets = (np.arange(len(array) + 1, dtype=np.int64) + array.offset) * array.type.list_size
+    else:
+        offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    values, inner = _leaves(array.values)
+    return values, offsets if inner is None else inner[offsets]
+
+
+def _converted(leaves: pa.Array, layout: Layout) -> tuple[Array, Faults]:
+    """Numbers [B * width] in the stored dtype, and the rows that have a null, a NaN, an infinity or too large a one."""
+    faults: Faults = {}
+
+    def tell(bad: Array, reason: str) -> None:
+        for row in np.flatnonzero(bad.reshape(-1, layout.width).any(axis=1)):
+            faults.setdefault(int(row), reason)
+
+    if leaves.null_count:
+        tell(leaves.is_null().to_numpy(zero_copy_only=False), "its input holds a null")
+        # What lies below the nulls does not matter: their rows are faulty already.
+        leaves = pa.Array.from_buffers(leaves.type, len(leaves), [None, leaves.buffers()[1]], offset=leaves.offset)
+    values = leaves.to_numpy(zero_copy_only=False)
+    if layout.dtype == "int32" and values.dtype != np.int32:
+        tell((values < _INT32.min) | (values > _INT32.max), "its input holds an integer beyond 32 bits")
+    with np.errstate(over="ignore"):  # told below
+        stored = values.astype(layout.dtype)
+    if stored.dtype.kind == "f":
+        tell(np.isnan(stored), "its input holds a NaN")
+        tell(np.isinf(stored), f"its input holds an infinity, or a number too large for {layout.dtype}")
+    return stored, faults
+
+
+def scalars(columns: Sequence[pa.Array], names: Sequence[str], layout: Layout) -> tuple[Array, Faults]:
+    """One number a column, a row of a table."""
+    inputs = np.zeros((len(columns[0]), len(columns)), dtype=layout.dtype)
+    faults: Faults = {}
+    one = Layout("scalars", (1,), layout.dtype)
+    for number, (column, name) in enumerate(zip(columns, names, strict=True)):
+        values, wrong = _converted(column, one)
+        inputs[:, number] = values
+        for row, reason in wrong.items():
+            faults.setdefault(row, f"{reason} (column {name!r})")
+    return inputs.reshape(-1, *layout.shape), faults
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+class Undecodable(Exception):
+    """An image that cannot be used; the message says why."""
+
+
+def images(
+    column: pa.Array, layout: Layout, wish: InputWish, open_path: Callable[[str], bytes]
+) -> tuple[Array, Faults]:
+    """Encoded images, or the paths of such, decoded one by one."""
+    inputs = np.zeros((len(column), *layout.shape), dtype=np.uint8)
+    faults: Faults = {}
+    for row in range(len(column)):
+        try:
+            decoded = decode(encoded(column, row, open_path), wish, layout.shape[0])
+            if decoded.shape != layout.shape:
+                raise Undecodable(
+                    f"its image has the shape {list(decoded.shape)}, expected {list(layout.shape)} (data.input.resize "
+                    "makes all alike)"
+                )
+            inputs[row] = decoded
+        except Undecodable as error:
+            faults[row] = str(error)
+    return inputs, faults
+
+
+def encoded(column: pa.Array, row: int, open_path: Callable[[str], bytes]) -> bytes:
+    """The bytes of an image file: of the column itself, or of the file that it names.
+
+    Raises:
+        Undecodable: it is null, or there is no such file.
+    """
+    value = column[row].as_py()
+    if isinstance(value, dict):
+        value = value["bytes"] if value["bytes"] is not None else value["path"]
+    if value is None:
+        raise Undecodable("its input is null")
+    if isinstance(value, bytes):
+        return value
+    try:
+        return open_path(value)
+    except FileNotFoundError:
+        raise Undecodable(f"its image {value} is not there") from None
+    except (OSError, pa.ArrowException) as error:
+        raise Undecodable(f"its image {value} cannot be read ({reason_of(error)})") from None
+
+
+def decode(data: bytes, wish: InputWish, channels: int | None = None) -> npt.NDArray[np.uint8]:
+    """An image [channels, height, width]; resized where ``wish`` says so. Without ``channels``: as the file has it.
+
+    Raises:
+        Undecodable: it is no image, is damaged, or has more than 8 bits a channel.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+                if file.mode in _DEEP:
+                    raise Undecodable("its image has more than 8 bits a channel: convert it to 8 bits first")
+                image: Image.Image = ImageOps.exif_transpose(file)
+                wanted = channels or wish.channels or (1 if image.mode in ("L", "1", "LA") else 3)
+                image = image.convert("L" if wanted == 1 else "RGB")
+                if wish.resize is not None:
+                    height, width = wish.resize
+                    image = image.resize((width, height), Image.Resampling.BILINEAR)  # antialiased where it shrinks
+                pixels = np.asarray(image, dtype=np.uint8)
+    except UnidentifiedImageError:
+        raise Undecodable(f"its image is none that can be read ({len(data)} bytes)") from None
+    except Undecodable:
+        raise
+    except Exception as error:  # whatever the decoders of damaged files raise
+        raise Undecodable(f"its image cannot be decoded ({reason_of(error)})") from None
+    return pixels[np.newaxis] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))

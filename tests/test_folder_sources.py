@@ -1,0 +1,184 @@
+"""Folders of images, tables that name them, and saved Hugging Face datasets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pytest
+
+from distill_ray.errors import UserError
+from tests.own_data import Array, bad_rows, data_config, pixels, png, read_all, split_sizes
+
+CLASSES = ("cat", "dog", "eel")
+
+
+def write_folder(root: Path, images: Array, splits: tuple[str, ...] = ("",)) -> list[str]:
+    """A folder a class, in each of the splits; returns the files' names in order."""
+    names = []
+    for number, image in enumerate(images):
+        name = f"{splits[number % len(splits)]}/{CLASSES[number % 3]}/{number:03d}.png".lstrip("/")
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(image))
+        names.append(name)
+    return names
+
+
+def test_a_folder_a_class(tmp_path: Path) -> None:
+    images = pixels(60)
+    names = write_folder(tmp_path, images)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    found = read_all(data_config(source="images", path=str(tmp_path)))
+    assert (found.info.shape, found.info.class_names) == ((1, 6, 5), CLASSES)
+    assert found.ids == sorted(names)
+    order = [int(name[-7:-4]) for name in found.ids]
+    assert np.array_equal(found.inputs[:, 0], images[order])
+    assert found.labels == [number % 3 for number in order]
+    assert split_sizes(found.info.splits) == {"train": 48, "validation": 6, "test": 6}
+
+
+def test_folders_of_splits_are_kept(tmp_path: Path) -> None:
+    write_folder(tmp_path, pixels(60), splits=("train", "train", "train", "val", "test"))
+    found = read_all(data_config(source="images", path=str(tmp_path)))
+    assert found.info.class_names == CLASSES
+    assert split_sizes(found.info.splits) == {"train": 36, "validation": 12, "test": 12}
+    assert all(found.ids[row].startswith("val/") for row in found.info.splits["validation"])
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_names_files_and_labels(tmp_path: Path, suffix: str) -> None:
+    images = pixels(60)
+    names = write_folder(tmp_path, images)
+    table = pa.table({
+        "file": names, "animal": [CLASSES[n % 3] if n != 5 else None for n in range(60)], "n": list(range(60)),
+        "who": [n // 6 for n in range(60)],
+    })  # fmt: skip
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        pa.parquet.write_table(table, path)
+    columns = {"input": "file", "label": "animal", "id": "n"}
+    keys: dict[str, Any] = {"source": "images", "path": str(tmp_path), "table": path.name}
+    found = read_all(data_config(**keys, columns=columns, split={"group_by": "who"}))
+    assert np.array_equal(found.inputs[:, 0], images)
+    assert found.ids == list(range(60))
+    assert [label for n, label in enumerate(found.labels) if n != 5] == [n % 3 for n in range(60) if n != 5]
+    groups = [{row // 6 for row in rows.tolist()} for rows in found.info.splits.values()]
+    assert sum(map(len, groups)) == 10
+    assert found.labels[5] == -1
+
+
+def test_folders_that_cannot_be(tmp_path: Path) -> None:
+    def refused(message: str, **keys: Any) -> None:
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            read_all(data_config(**{"source": "images", "path": str(tmp_path), **keys}))
+        assert caught.value.exit_code == 2
+
+    refused("holds no .png or .jpg")
+    refused("no such file or folder", path=str(tmp_path / "nowhere"))
+    write_folder(tmp_path, pixels(12))
+    refused("is a file, not a folder of images", path=str(tmp_path / "cat" / "000.png"))
+    table = {"table": "table.csv", "columns": {"input": "file", "label": "animal"}}
+    refused("data.table", **table)
+    (tmp_path / "table.csv").write_text("")
+    refused("table.csv: is empty (0 bytes)", **table)
+    (tmp_path / "table.csv").write_text("fil,animal\ncat/000.png,cat\n")
+    refused("has no column 'file': did you mean 'fil'?", **table)
+    (tmp_path / "table.csv").write_text("file,animal\n1,cat\n2,dog\n")
+    refused("column 'file' holds int64, not the names of files", **table)
+    (tmp_path / "stray.png").write_bytes(png(pixels(1)[0]))
+    refused("stray.png is in no folder of a class")
+
+
+def test_image_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, pixels(12))
+    damaged = tmp_path / "dog" / "004.png"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    config = data_config(source="images", path=str(tmp_path))
+    (said,) = bad_rows(config)
+    assert said.startswith(f"{damaged}: its image ")
+    with pytest.raises(UserError, match=re.escape(f"{damaged}: its image ")):
+        read_all(config)
+
+
+# --- saved Hugging Face datasets -------------------------------------------------------------------------------------
+
+
+def features() -> Any:
+    import datasets
+
+    return datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)), key=datasets.Value("string"),
+        grid=datasets.Array2D((2, 3), "float32"), row=datasets.List(datasets.Value("float64"), length=4),
+    )  # fmt: skip
+
+
+def dataset(images: Array, first: int = 0) -> Any:
+    import datasets
+
+    rows = len(images)
+    columns = {
+        "image": [{"bytes": png(image), "path": None} for image in images],
+        "label": [-1 if n == 5 else n % 3 for n in range(rows)],
+        "key": [f"k{first + n}" for n in range(rows)],
+        "grid": [[[float(n)] * 3, [0.5] * 3] for n in range(rows)],
+        "row": [[n, n + 0.5, 0, 1] for n in range(rows)],
+    }
+    return datasets.Dataset.from_dict(columns, features=features())
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    images = pixels(60, channels=3)
+    made = dataset(images).shuffle(seed=3)  # an index beside the rows
+    made.save_to_disk(tmp_path / "saved")
+    order = [int(key[1:]) for key in made["key"]]
+    keys = {"source": "huggingface", "path": str(tmp_path / "saved")}
+    found = read_all(data_config(**keys, columns={"input": "image", "label": "label", "id": "key"}))
+    assert found.info.class_names == CLASSES
+    assert np.array_equal(found.inputs, images[order].transpose(0, 3, 1, 2))
+    assert found.labels == [-1 if n == 5 else n % 3 for n in order]
+    assert found.ids == [f"k{n}" for n in order]
+    grid = read_all(data_config(**keys, columns={"input": "grid", "label": "label"}))
+    assert (grid.info.shape, grid.info.dtype) == ((2, 3), "float32")
+    assert grid.inputs[:, 0, 0].tolist() == [float(n) for n in order]
+    assert grid.ids[:2] == ["row/0", "row/1"]
+    row = read_all(data_config(**keys, columns={"input": "row", "label": "label"}))
+    assert row.inputs[:, 1].tolist() == [n + 0.5 for n in order]
+
+
+def test_the_splits_of_a_saved_dict_are_kept(tmp_path: Path) -> None:
+    import datasets
+
+    parts = {"train": dataset(pixels(30)), "test": dataset(pixels(12, seed=1), 30), "extra": dataset(pixels(3), 42)}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
+    keys: dict[str, Any] = {
+        "source": "huggingface", "path": str(tmp_path / "saved"), "columns": {"input": "image", "label": "label"}
+    }  # fmt: skip
+    with pytest.raises(UserError, match="its split 'extra' means none of ours"):
+        read_all(data_config(**keys))
+    found = read_all(data_config(**keys, split={"values": {"train": "train", "test": "test"}}))
+    assert split_sizes(found.info.splits) == {"train": 27, "validation": 3, "test": 12}
+    assert all(found.ids[row].startswith("test/") for row in found.info.splits["test"])
+    assert np.array_equal(found.inputs[30:, 0], pixels(12, seed=1))
+
+
+def test_saved_datasets_that_cannot_be(tmp_path: Path) -> None:
+    columns = {"input": "imag", "label": "label"}
+    keys: dict[str, Any] = {"source": "huggingface", "path": str(tmp_path / "saved"), "columns": columns}
+    with pytest.raises(UserError, match="no such folder; it is what save_to_disk"):
+        read_all(data_config(**keys))
+    dataset(pixels(12)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match="has no column 'imag': did you mean 'image'?"):
+        read_all(data_config(**keys))
+    shutil.rmtree(tmp_path / "saved")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "other.json").write_text("{}")
+    keys["path"] += "/"
+    with pytest.raises(UserError, match="is no dataset that save_to_disk made"):
+        read_all(data_config(**keys))

@@ -1,0 +1,375 @@
+"""Rows of one's own: what each kind of column becomes, classes, ids, and one clear line for what cannot be."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from distill_ray.errors import UserError
+from distill_ray.sources import ParquetSource, open_source
+from tests.own_data import bad_rows, data_config, fixed_list, pixels, png, read_all, write_parquet
+
+LABELS = [0, 1, 2] * 20
+
+
+def parquet(path: Path, **keys: Any) -> Any:
+    columns = {"input": "x", "label": "y"} | keys.pop("columns", {})
+    return data_config(source="parquet", path=str(path), columns=columns, **keys)
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arrow", "dtype"),
+    [
+        (pa.uint8(), "uint8"), (pa.int8(), "int32"), (pa.int32(), "int32"), (pa.int64(), "int32"),
+        (pa.float16(), "float16"), (pa.float32(), "float32"), (pa.float64(), "float32"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("listed", ["fixed", "list", "large"])
+def test_lists_of_numbers_become_rows_of_the_stored_type(
+    tmp_path: Path, arrow: pa.DataType, dtype: str, listed: str
+) -> None:
+    values = np.random.default_rng(0).integers(0, 100, (60, 12))
+    column = fixed_list(values).cast(pa.list_(arrow, 12))
+    if listed != "fixed":
+        column = column.cast(pa.list_(arrow) if listed == "list" else pa.large_list(arrow))
+    path = write_parquet(tmp_path / "rows.parquet", {"x": column, "y": LABELS})
+    found = read_all(parquet(path))
+    assert (found.info.shape, found.info.dtype) == ((12,), dtype)
+    assert np.array_equal(found.inputs, values.astype(dtype))
+    assert found.inputs.dtype == dtype
+    shaped = read_all(parquet(path, input={"shape": [3, 4]}))
+    assert shaped.info.shape == (3, 4)
+    assert np.array_equal(shaped.inputs, values.astype(dtype).reshape(-1, 3, 4))
+
+
+def test_nested_lists_have_their_own_shape(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(60, 2, 5))
+    path = write_parquet(tmp_path / "rows.parquet", {"x": values.tolist(), "y": LABELS})
+    found = read_all(parquet(path))
+    assert (found.info.shape, found.info.dtype) == ((2, 5), "float32")
+    assert np.array_equal(found.inputs, values.astype(np.float32))
+
+
+def test_several_number_columns_are_a_table(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    columns = {"a": rng.normal(size=60), "b": rng.integers(0, 9, 60), "c": rng.integers(0, 2, 60).astype(bool)}
+    path = write_parquet(tmp_path / "rows.parquet", {**columns, "y": LABELS})
+    found = read_all(parquet(path, columns={"input": ["b", "a", "c"]}))
+    assert (found.info.shape, found.info.dtype) == ((3,), "float32")
+    assert np.array_equal(found.inputs, np.stack([columns[name] for name in "bac"], axis=1).astype(np.float32))
+
+
+def test_the_rows_of_a_folder_are_those_of_its_files_by_name(tmp_path: Path) -> None:
+    values = np.arange(60 * 4, dtype=np.uint8).reshape(60, 4)
+    columns = {"x": fixed_list(values), "y": LABELS}
+    folder = write_parquet(tmp_path / "set", columns, files=7, row_group_size=3)
+    write_parquet(folder / "_ignored.parquet", {"other": [1]})
+    (folder / "notes.txt").write_text("no parquet")
+    found = read_all(parquet(folder))
+    assert np.array_equal(found.inputs, values)
+    assert found.labels == LABELS
+    assert found.ids[:2] == ["part-000.parquet/0", "part-000.parquet/1"]
+    assert found.ids[-1].startswith("part-006.parquet/")
+    some = read_all(parquet(tmp_path / "set" / "part-00[0-2].parquet"))
+    assert np.array_equal(some.inputs, values[: len(some.inputs)])
+    assert 0 < len(some.inputs) < 60
+
+
+@pytest.mark.parametrize(("row_group_size", "files"), [(1, 1), (7, 4), (1000, 1), (5, 9)])
+def test_pieces_cover_every_row_once_and_in_order(tmp_path: Path, row_group_size: int, files: int) -> None:
+    values = np.arange(60, dtype=np.int32).reshape(60, 1)
+    path = write_parquet(tmp_path / "set", {"x": fixed_list(values), "y": LABELS}, row_group_size, files)
+    source = open_source(parquet(path))
+    assert isinstance(source, ParquetSource)
+    pieces = source.pieces()
+    assert [piece.first_row for piece in pieces] == np.cumsum([0, *(piece.rows for piece in pieces)])[:-1].tolist()
+    assert sum(piece.rows for piece in pieces) == 60
+    assert np.array_equal(read_all(parquet(path)).inputs, values)
+
+
+def test_only_the_wanted_rows_are_read(tmp_path: Path) -> None:
+    values = np.arange(60 * 3, dtype=np.int32).reshape(60, 3)
+    path = write_parquet(tmp_path / "rows.parquet", {"x": fixed_list(values), "y": LABELS})
+    source = open_source(parquet(path))
+    assert isinstance(source, ParquetSource)
+    wanted = np.random.default_rng(0).random(60) < 0.3
+    (piece,) = source.pieces()
+    parts = list(source.stream(piece, source.layout(), wanted))
+    assert np.concatenate([offsets for offsets, *_ in parts]).tolist() == np.flatnonzero(wanted).tolist()
+    assert np.array_equal(np.concatenate([inputs for _, inputs, *_ in parts]), values[wanted])
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["bytes", "struct", "struct_path", "path", "rooted"])
+def test_encoded_images_and_paths_are_decoded(tmp_path: Path, form: str) -> None:
+    images = pixels(60, channels=3)
+    encoded = [png(image) for image in images]
+    folder = tmp_path / ("elsewhere" if form == "rooted" else "set")
+    (folder / "png").mkdir(parents=True)
+    names = [f"png/{number}.png" for number in range(60)]
+    for name, data in zip(names, encoded, strict=True):
+        (folder / name).write_bytes(data)
+    column: Any = {
+        "bytes": encoded,
+        "struct": [{"bytes": data, "path": None} for data in encoded],
+        "struct_path": [{"bytes": None, "path": name} for name in names],
+    }.get(form, names)
+    if form.startswith("struct"):
+        column = pa.array(column, type=pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    path = write_parquet(tmp_path / "set" / "rows.parquet", {"x": column, "y": LABELS})
+    found = read_all(parquet(path, **({"root": str(folder)} if form == "rooted" else {})))
+    assert (found.info.shape, found.info.dtype) == ((3, 6, 5), "uint8")
+    assert np.array_equal(found.inputs, images.transpose(0, 3, 1, 2))
+
+
+def test_resize_and_channels_are_pillows(tmp_path: Path) -> None:
+    images = [pixels(1, 9 + n % 3, 14, channels=3, seed=n)[0] for n in range(60)]
+    path = write_parquet(tmp_path / "rows.parquet", {"x": [png(image) for image in images], "y": LABELS})
+    found = read_all(parquet(path, input={"resize": [4, 6], "channels": 1}))
+    assert found.info.shape == (1, 4, 6)
+    expected = [Image.fromarray(i).convert("L").resize((6, 4), Image.Resampling.BILINEAR) for i in images]
+    assert np.array_equal(found.inputs[:, 0], np.stack([np.asarray(image) for image in expected]))
+
+
+def test_grey_images_have_one_channel_unless_three_are_asked_for(tmp_path: Path) -> None:
+    images = pixels(60)
+    path = write_parquet(tmp_path / "rows.parquet", {"x": [png(image) for image in images], "y": LABELS})
+    assert np.array_equal(read_all(parquet(path)).inputs[:, 0], images)
+    three = read_all(parquet(path, input={"channels": 3})).inputs
+    assert np.array_equal(three, np.repeat(images[:, np.newaxis], 3, axis=1))
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    upright = Image.fromarray(pixels(1, 8, 16)[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    file = io.BytesIO()
+    upright.save(file, "PNG", exif=exif)
+    path = write_parquet(tmp_path / "rows.parquet", {"x": [file.getvalue()] * 60, "y": LABELS})
+    found = read_all(parquet(path))
+    assert found.info.shape == (1, 16, 8)
+    assert np.array_equal(found.inputs[0, 0], np.rot90(np.asarray(upright), -1))
+
+
+# --- ids and labels --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ids", [list(range(100, 160)), [f"row {n}" for n in range(60)], [bytes([n]) for n in range(60)],
+    [n / 2 for n in range(60)], [None, *range(59)]],
+)  # fmt: skip
+def test_ids_of_any_type_stay(tmp_path: Path, ids: list[Any]) -> None:
+    columns = {"x": fixed_list(np.zeros((60, 2), np.uint8)), "y": LABELS, "key": ids}
+    found = read_all(parquet(write_parquet(tmp_path / "rows.parquet", columns), columns={"id": "key"}))
+    assert found.ids == ids
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_names_of_classes_are_sorted_unless_given(tmp_path: Path, encoded: bool) -> None:
+    words = ["pear", "apple", None] * 20
+    column = pa.array(words).dictionary_encode() if encoded else words
+    path = write_parquet(tmp_path / "rows.parquet", {"x": fixed_list(np.zeros((60, 2), np.uint8)), "y": column})
+    found = read_all(parquet(path))
+    assert found.info.class_names == ("apple", "pear")
+    assert found.labels[:3] == [1, 0, -1]
+    named = read_all(parquet(path, class_names=["pear", "fig", "apple"]))
+    assert named.info.class_names == ("pear", "fig", "apple")
+    assert named.labels[:3] == [0, 2, -1]
+    assert "1 of 3 classes have no row (the first: 'fig')" in named.info.warnings[0]
+
+
+def test_the_order_in_which_pieces_arrive_does_not_matter(tmp_path: Path) -> None:
+    words = [f"class {n * 7 % 5}" for n in range(60)]
+    columns = {"x": fixed_list(np.zeros((60, 2), np.uint8)), "y": words}
+    source = open_source(parquet(write_parquet(tmp_path / "set", columns, files=6)))
+    assert isinstance(source, ParquetSource)
+    small = [(p.first_row + at, table) for p in source.pieces() for at, table in source.annotations(p)]
+    small = [(first + at, table.slice(at, 10)) for first, table in small for at in range(0, table.num_rows, 10)]
+    one, two = source.info(small), source.info(list(reversed(small)))
+    assert one.class_names == two.class_names
+    assert one.labels is not None
+    assert two.labels is not None
+    assert np.array_equal(one.labels, two.labels)
+
+
+def test_no_labels_at_all_need_names_of_classes(tmp_path: Path) -> None:
+    columns = {"x": fixed_list(np.zeros((60, 2), np.uint8)), "y": pa.nulls(60, pa.string())}
+    path = write_parquet(tmp_path / "rows.parquet", columns)
+    for keys in ({}, {"columns": {"label": None}}):
+        assert read_all(parquet(path, class_names=["a", "b"], **keys)).labels == [-1] * 60
+        with pytest.raises(UserError, match=r"no row has a label: name .* the classes in data\.class_names"):
+            read_all(parquet(path, **keys))
+
+
+# --- what cannot be --------------------------------------------------------------------------------------------------
+
+X = fixed_list(np.zeros((60, 2), np.float32))
+NUMBERS = [[float(n), 1.0] for n in range(60)]
+
+
+def changed(row: int, value: Any) -> list[Any]:
+    return [*NUMBERS[:row], value, *NUMBERS[row + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "keys", "message"),
+    [
+        ({"y": LABELS, "xx": X}, {}, "data.columns.input: {path} has no column 'x': did you mean 'xx'?"),
+        ({"x": X}, {}, "data.columns.label: {path} has no column 'y': there are: x"),
+        ({"x": X, "y": LABELS}, {"columns": {"id": "key"}}, "data.columns.id: {path} has no column 'key'"),
+        ({"x": X, "y": LABELS}, {"split": {"column": "part"}}, "data.split.column: {path} has no column 'part'"),
+        ({"x": [], "y": []}, {}, "data.path {path}: holds no rows"),
+        ({"x": [{"a": 1}] * 60, "y": LABELS}, {}, "column 'x' holds struct<a: int64>: an input is a list of numbers"),
+        ({"x": X, "y": [0.5] * 60}, {}, "the column holds double; labels are integers or strings"),
+        ({"x": X, "y": [*LABELS[:5], -3, *LABELS[6:]]}, {}, "{path}, row 5 has the label -3: labels count from 0 on"),
+        (
+            {"x": X, "y": LABELS}, {"class_names": ["a", "b"]},
+            "{path}, row 2 has the label 2, out of range for 2 classes in data.class_names (0 to 1)",
+        ),
+        (
+            {"x": X, "y": ["cat", "dog", "dgo"] * 20, "key": [f"k{n}" for n in range(60)]},
+            {"class_names": ["cat", "dog"], "columns": {"id": "key"}},
+            "{path}, row 2 (id 'k2') has the label 'dgo', which is not in data.class_names: did you mean 'dog'?",
+        ),
+        ({"x": X, "y": [10**12, *LABELS[1:]]}, {}, "row 0 has the label 1000000000000, out of range for 1,000,000"),
+        ({"x": X, "y": [0] * 60}, {}, "data.columns.label: the rows are of one class only: nothing to learn"),
+        (
+            {"x": X, "y": LABELS, "key": [*range(59), 7]}, {"columns": {"id": "key"}},
+            "data.columns.id: 7 is the id of two rows, {path}, row 7 and {path}, row 59: ids must differ",
+        ),
+        (
+            {"x": X, "y": [3, *LABELS[1:]], "part": ["test", *["train"] * 40, *["validation"] * 19]},
+            {"split": {"column": "part"}},
+            "data.split: class '3' has no training row, but 1 in test (1 such class(es)): leave its rows out",
+        ),
+        (
+            {"x": X, "y": LABELS, "part": ["train"] * 59 + ["tset"]}, {"split": {"column": "part"}},
+            "data.split.column: {path}, row 59 has 'tset', which means no split: did you mean 'test'?",
+        ),
+        (
+            {"x": X, "y": LABELS, "part": ["train"] * 59 + [None]}, {"split": {"column": "part"}},
+            "data.split.column: {path}, row 59 is in no split (null)",
+        ),
+        (
+            {"x": X, "y": LABELS, "writer": [None] + [1] * 59}, {"split": {"group_by": "writer"}},
+            "data.split.group_by: {path}, row 0 has no group",
+        ),
+        (
+            {"x": X, "y": LABELS, "writer": [1, 2] * 30}, {"split": {"group_by": "writer"}},
+            "data.split.group_by: 2 group(s) cannot be divided over 3 splits",
+        ),
+        ({"x": X, "y": LABELS}, {"input": {"shape": [3]}}, "data.input.shape: [3] is 3 numbers, but the rows have 2"),
+        ({"x": X, "y": LABELS}, {"input": {"resize": [3, 3]}}, "data.input.resize: is for images, and column"),
+        ({"x": [None] * 60, "y": LABELS}, {}, "column 'x' holds null: an input is"),
+        ({"x": pa.nulls(60, pa.list_(pa.int8())), "y": LABELS}, {}, "{path}, row 0: its input is null"),
+        ({"a": ["1"] * 60, "b": [1] * 60, "y": LABELS}, {"columns": {"input": ["a", "b"]}}, "'a' holds string; of"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(
+    tmp_path: Path, columns: dict[str, Any], keys: dict[str, Any], message: str
+) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", columns)
+    with pytest.raises(UserError, match=re.escape(message.format(path=path))) as caught:
+        read_all(parquet(path, **keys))
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "reasons"),
+    [
+        ({"x": changed(9, [1.0, 2.0, 3.0])}, ["{path}, row 9: its input has 3 numbers, expected 2"]),
+        ({"x": changed(9, [float("nan"), 0.0])}, ["{path}, row 9: its input holds a NaN"]),
+        ({"x": changed(9, [0.0, float("inf")])}, ["{path}, row 9: its input holds an infinity"]),
+        ({"x": changed(9, [1e300, 0.0])}, ["{path}, row 9: its input holds an infinity, or a number too large"]),
+        ({"x": changed(9, None)}, ["{path}, row 9: its input is null"]),
+        ({"x": changed(9, [None, 1.0])}, ["{path}, row 9: its input holds a null"]),
+        ({"x": [[1, 2]] * 9 + [[1, 2**40]] + [[1, 2]] * 50}, ["{path}, row 9: its input holds an integer beyond"]),
+        (
+            {"a": [*range(9), None, *range(50)], "b": [1.0] * 59 + [float("nan")]},
+            ["{path}, row 9: its input holds a null (column 'a')", "{path}, row 59: its input holds a NaN (col"],
+        ),
+    ],
+)  # fmt: skip
+def test_each_row_that_cannot_be_used_is_named(tmp_path: Path, columns: dict[str, Any], reasons: list[str]) -> None:
+    path = write_parquet(tmp_path / "rows.parquet", {**columns, "y": LABELS})
+    names = ["a", "b"] if "a" in columns else "x"
+    found = bad_rows(parquet(path, columns={"input": names}))
+    assert len(found) == len(reasons)
+    for said, reason in zip(found, reasons, strict=True):
+        assert said.startswith(reason.format(path=path))
+
+
+def test_images_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    good = [png(image) for image in pixels(60)]
+    deep = io.BytesIO()
+    Image.fromarray(np.zeros((6, 5), np.uint16)).save(deep, "PNG")
+    wrong = {
+        3: (good[3][: len(good[3]) // 2], "cannot be decoded"), 8: (b"", "none that can be read (0 bytes)"),
+        21: (b"no image", "none that can be read (8 bytes)"), 30: (None, "its input is null"),
+        44: (png(pixels(1, 7, 5)[0]), "has the shape [1, 7, 5], expected [1, 6, 5]"),
+        50: (deep.getvalue(), "more than 8 bits a channel"),
+    }  # fmt: skip
+    column = [wrong[n][0] if n in wrong else data for n, data in enumerate(good)]
+    path = write_parquet(tmp_path / "rows.parquet", {"x": column, "y": LABELS, "key": [f"k{n}" for n in range(60)]})
+    found = bad_rows(parquet(path, columns={"id": "key"}))
+    assert len(found) == len(wrong)
+    for said, (row, (_, reason)) in zip(found, sorted(wrong.items()), strict=True):
+        assert said.startswith(f"{path}, row {row} (id 'k{row}'): ")
+        assert reason in said
+
+
+def test_an_image_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(png(pixels(1)[0]))
+    path = write_parquet(tmp_path / "rows.parquet", {"x": ["0.png"] * 59 + ["1.png"], "y": LABELS})
+    (said,) = bad_rows(parquet(path))
+    assert said == f"{path}, row 59: its image 1.png is not there"
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    whole = write_parquet(tmp_path / "set" / "a.parquet", {"x": X, "y": LABELS})
+    for data, message in (
+        (whole.read_bytes()[:-20], "cannot be read as Parquet (it has no Parquet footer: it was cut short"),
+        (b"", "b.parquet: is empty (0 bytes)"),
+        (b"nothing of the kind, but long enough for a footer", "cannot be read as Parquet"),
+    ):
+        (tmp_path / "set" / "b.parquet").write_bytes(data)
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            read_all(parquet(tmp_path / "set"))
+        assert str(tmp_path / "set" / "b.parquet") in str(caught.value)
+    data = whole.read_bytes()  # the footer is whole, a page is not
+    (tmp_path / "set" / "b.parquet").write_bytes(data[:4] + bytes(56) + data[60:])
+    with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet"):
+        read_all(parquet(tmp_path / "set"))
+
+
+def test_files_of_two_types(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set" / "a.parquet", {"x": X, "y": LABELS})
+    write_parquet(tmp_path / "set" / "b.parquet", {"x": X, "y": ["cat"] * 60})
+    with pytest.raises(UserError, match=r"column 'y' is int64 in .*a\.parquet, but string in .*b\.parquet"):
+        read_all(parquet(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("location", "message"),
+    [
+        ("nowhere", "no such file or folder"), ("nowhere/*.parquet", "no such file or folder"),
+        ("empty", "holds no .parquet or .parq or .pq file"), ("empty/*.parquet", "no file matches it"),
+    ],
+)  # fmt: skip
+def test_places_without_files(tmp_path: Path, location: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=re.escape(f"data.path {tmp_path / location}: {message}")):
+        open_source(parquet(tmp_path / location)).fingerprint()
