@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -159,6 +160,36 @@ _command("student", "Train the students and their CE-only controls, after what t
 _command("tune", "Search student sizes and temperatures over one label store, after what that needs.", _stage("tune"))
 _command("report", "Write report.html of the run, after every stage it shows.", _stage("report"))
 _command("export", "Write the student in portable forms, after what it needs.", _stage("export"))
+
+
+@app.command("init", help="Look at data of your own and write the config of a first run.")
+def _init(
+    path: Annotated[str, typer.Argument(metavar="DATA", help="File, folder, pattern or URI.", show_default=False)],
+    source: Annotated[
+        str | None, typer.Option("--source", metavar="NAME", help="parquet, images, huggingface or idx.")
+    ] = None,
+    input_columns: Annotated[
+        list[str] | None, typer.Option("--input", metavar="COLUMN", help="The input; of a table once for each column.")
+    ] = None,
+    label: Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The classes.")] = None,
+    identity: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="Your own ids.")] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the run; else as the data.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Where to write it; else NAME.yaml.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    from distill_ray import starting
+
+    named = name or re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(path.rstrip("/").split("?")[0]).stem).strip("_.") or "first"
+    target = to or Path(f"{named}.yaml")
+    if target.exists():
+        raise UserError(f"init: {target} is there already: name another with --config, or remove it")
+    if source not in (None, *get_args(starting.SourceName)):
+        raise UserError(f"init: --source {source!r} is not known: {', '.join(get_args(starting.SourceName))}")
+    wishes = starting.Wishes(cast("Any", source), tuple(input_columns or ()), label, identity)
+    target.write_text(starting.first_config(path, named, wishes))
+    print(f"{target}: written; look through it, then: distill-ray run {target}")
 
 
 @app.command("verify", help="Check a data or label store: checksums, ids, coverage, finite logits, a sample replayed.")

@@ -17,7 +17,7 @@ ROOT = Path(distill_ray.__file__).parent
 LAYERS = (
     "errors", "config", "storage", "artifacts", "sources", "models", "losses", "precision", "inference", "memory",
     "profiling", "evidence", "console", "store", "metrics", "replay", "order", "rows", "checkpoints", "optimizing",
-    "footprint", "training", "tracking", "placing", "runtime", "stages", "cli",
+    "footprint", "training", "tracking", "placing", "runtime", "stages", "starting", "cli",
 )  # fmt: skip
 RAY_MODULES = ("runtime", "stages")
 

@@ -249,3 +249,9 @@ def _opened(path: str) -> list[tuple[str | None, Any]]:
     if isinstance(found, datasets.DatasetDict):
         return [(str(name), part) for name, part in found.items()]
     return [(None, found)]
+
+
+def schema_of(location: str) -> tuple[pa.Schema, list[str]]:
+    """The columns of a saved dataset, and the names of its splits, none where it is no DatasetDict."""
+    parts = _opened(location)
+    return parts[0][1].features.arrow_schema, [name for name, _ in parts if name is not None]

@@ -373,3 +373,16 @@ def _unreadable(file: File, error: BaseException) -> UserError | RunError:
     if "magic bytes" in reason or "footer" in reason.lower():
         reason = "it has no Parquet footer: it was cut short, or is no Parquet file"
     return UserError(f"{file.uri}: cannot be read as Parquet ({reason}): make or fetch it again")
+
+
+def schema_of(location: str) -> pa.Schema:
+    """The columns of the first of the files at ``location``.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    first = files.find("data.path", location, _SUFFIXES)[0]
+    if first.size == 0:
+        raise UserError(f"{first.uri}: is empty (0 bytes): make it again, or remove it")
+    with _opened(first) as opened:
+        return opened.schema_arrow
