@@ -8,10 +8,10 @@ from typing import Any
 
 from distill_ray import __version__, artifacts, placing, runtime
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, digest_payload
-from distill_ray.errors import RunError
+from distill_ray.config import Config, digest_payload, imports_of, to_dict
+from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import opening, prepare, teacher
+from distill_ray.stages import import_labels, opening, prepare, teacher
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
@@ -26,7 +26,8 @@ def run(context: Context) -> Stage:
     data = prepare.run(context)
     model = teacher.run(context)
     target = locate(context.config, context.out, data, model)
-    context.once("label", target, opening.store_is_whole, lambda: _make(context, data, model, target))
+    make = _make if context.config.labels.from_ is None else import_labels.make
+    context.once("label", target, opening.store_is_whole, lambda: make(context, data, model, target))
     store = opening.label_store(context.config, target, opening.data_store(context.config, data))
     opening.check_teacher(store, model, weights_sha256(model))
     if not target.folder.is_local:  # those that were too young when the store was committed
@@ -63,6 +64,7 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     arguments: dict[str, Any] = {
         "teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri,
         "cache": opening.cache_of(context.config),
+        "allow_import": any(imports_of(to_dict(context.config.teacher))),  # the command asked for permission
     }  # fmt: skip
     check = _resolve(context, target, arguments, placement)
     write_stage_config(target, config_section(context.config, "labels"), {"precision": check["precision"]})
@@ -122,7 +124,7 @@ def _resolve(context: Context, target: Stage, arguments: dict[str, Any], placeme
 
 
 def check_precision(
-    folder: Folder, asked: Any, teacher: str, weights: str, data: str, cache: ShardCache
+    folder: Folder, asked: Any, teacher: str, weights: str, data: str, cache: ShardCache, allow_import: bool
 ) -> dict[str, Any]:
     """Runs on a worker: the resolved precision, and its agreement with fp32 and KL(fp32 || resolved) on a sample."""
     import torch
@@ -134,8 +136,8 @@ def check_precision(
     from distill_ray.stages import model_folder
 
     device = runtime.worker_device()
-    resolved = model_folder.resolve_precision(folder, asked, device)
-    model = load_model(Folder(teacher), expected_sha256=weights).to(device)
+    model = load_model(Folder(teacher), expected_sha256=weights, allow_import=allow_import).to(device)
+    resolved = model_folder.resolve_precision(folder, possible_precision(model, asked), device)
     store = open_store(Folder(data), cache)
     inputs = store.data_shard(store.manifest.splits["train"].shards[0]).inputs[:_CHECK_ROWS]
     rows = torch.from_numpy(inputs.copy())  # the shard is mapped read-only
@@ -150,12 +152,25 @@ def check_precision(
     }  # fmt: skip
 
 
+def possible_precision(model: Any, asked: Any) -> Any:
+    """``asked``, or fp32 for a teacher that is given as a program: it computes as it was made.
+
+    Raises:
+        UserError: another precision is asked of such a teacher.
+    """
+    if getattr(model, "reducible", True):
+        return asked
+    if asked not in ("auto", "fp32"):
+        raise UserError(f"labels.precision {asked}: a teacher given as a program computes as it was made: use auto")
+    return "fp32"
+
+
 class Labeller:
     """A labelling actor: holds the teacher, turns one data shard at a time into its label shard."""
 
     def __init__(
-        self, teacher: str, weights: str, data: str, cache: ShardCache, folder: str, precision: str, threads: int,
-        batch_size: int, store: str,
+        self, teacher: str, weights: str, data: str, cache: ShardCache, allow_import: bool, folder: str,
+        precision: str, threads: int, batch_size: int, store: str,
     ) -> None:  # fmt: skip
         import torch
 
@@ -167,8 +182,10 @@ class Labeller:
         exact_fp32()
         torch.set_num_threads(threads)
         self._device = runtime.worker_device()
-        self._model = load_model(Folder(teacher), expected_sha256=weights).to(self._device)
-        cast_weights(self._model, precision)
+        loaded = load_model(Folder(teacher), expected_sha256=weights, allow_import=allow_import)
+        self._model = loaded.to(self._device)
+        if loaded.ours:
+            cast_weights(self._model, precision)
         self._data, self._folder = open_store(Folder(data), cache), Folder(folder)
         self._precision, self._batch_size, self._store = precision, batch_size, store
 
