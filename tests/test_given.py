@@ -368,6 +368,15 @@ def test_a_file_cut_short_is_one_line(name: str, kept: int, data: Store, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+def test_an_onnx_model_in_several_files_is_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load_from_string(onnx_of(net_of()))
+    path = tmp_path / "t.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with pytest.raises(UserError, match="t.onnx: keeps its weights in other files: save it as one file"):
+        open_program(path.read_bytes(), "onnx", str(path))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

@@ -249,6 +249,8 @@ class OnnxNet(nn.Module):
             import onnxruntime
         except ImportError:
             raise UserError(f"{place}: onnxruntime is not installed: pip install 'distill-ray[onnx]'") from None
+        if _EXTERNAL in data:  # its checksum would not cover them
+            raise UserError(f"{place}: keeps its weights in other files: save it as one file (onnx.save_model does)")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -276,6 +278,7 @@ class OnnxNet(nn.Module):
         return _in_batches(x.detach().cpu().to(self._dtype).contiguous(), self._batch, run).to(x.device)
 
 
+_EXTERNAL = b"\x0a\x08location\x12"  # protobuf: an entry of a tensor's external_data
 _ONNX_DTYPES = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
     "tensor(uint8)": torch.uint8, "tensor(int32)": torch.int32, "tensor(int64)": torch.int64,
