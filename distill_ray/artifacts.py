@@ -73,10 +73,16 @@ def digest_of(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:_DIGEST_CHARS]
 
 
+def score(row: Mapping[str, float]) -> float:
+    """What epochs and models are chosen by: the validation accuracy; where no row has a label, the agreement with the
+    teacher."""
+    return row["validation_accuracy"] if "validation_accuracy" in row else row["validation_agreement"]
+
+
 def best_epoch(history: History) -> int:
-    """The epoch of the best validation accuracy, the earliest of equals."""
-    accuracies = [row["validation_accuracy"] for row in history]
-    return 1 + accuracies.index(max(accuracies))
+    """The epoch of the best score, the earliest of equals."""
+    scores = [score(row) for row in history]
+    return 1 + scores.index(max(scores))
 
 
 def is_over(history: History, epochs: int, patience_epochs: int | None) -> bool:

@@ -70,38 +70,56 @@ def _command(name: str, text: str, work: Callable[[Context], dict[str, Any]]) ->
         allow_import: AllowImportOption = False,
         profile: ProfileOption = False,
     ) -> None:
-        os.environ["DISTILL_RAY_DEBUG"] = "1" if debug else ""  # runtime.DEBUG_VARIABLE; not imported yet
-        options = _Options(out, quiet, json_output, debug, profile)
-        try:
-            with _context(config, overrides or [], options) as context:
-                answer = work(context)
-                over = time.perf_counter()
-        except KeyboardInterrupt:
-            raise Interrupted("interrupted; what is finished is kept, the same command continues") from None
-        if profile:
-            context.profile.add_stage("end of Ray", time.perf_counter() - over)
-            answer["profile"] = [*context.profile.rows, context.profile.total(time.perf_counter() - _STARTED)]
-        # Ray is gone by now: nothing of it can follow the last line.
-        _show(answer, options)
+        options = _options(out, quiet, json_output, debug, profile)
+        _carry_out(config, overrides or [], options, allow_import, work)
 
     command.__doc__ = text
     app.command(name, help=text)(command)
 
 
+def _options(out: str, quiet: bool, json_output: bool, debug: bool, profile: bool = False) -> _Options:
+    os.environ["DISTILL_RAY_DEBUG"] = "1" if debug else ""  # runtime.DEBUG_VARIABLE; not imported yet
+    return _Options(out, quiet, json_output, debug, profile)
+
+
+def _carry_out(
+    config: Path,
+    overrides: list[str],
+    options: _Options,
+    allow_import: bool,
+    work: Callable[[Context], dict[str, Any]],
+) -> None:
+    try:
+        with _context(config, overrides, options, allow_import) as context:
+            answer = work(context)
+            over = time.perf_counter()
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; what is finished is kept, the same command continues") from None
+    if options.profile:
+        context.profile.add_stage("end of Ray", time.perf_counter() - over)
+        answer["profile"] = [*context.profile.rows, context.profile.total(time.perf_counter() - _STARTED)]
+    # Ray is gone by now: nothing of it can follow the last line.
+    _show(answer, options)
+
+
 @contextmanager
-def _context(path: Path, overrides: list[str], options: _Options) -> Iterator[Context]:
+def _context(path: Path, overrides: list[str], options: _Options, allow_import: bool) -> Iterator[Context]:
     from distill_ray import config as configs
     from distill_ray.console import Reporter
     from distill_ray.runtime import Session
     from distill_ray.stages.context import Context
+    from distill_ray.stages.given import check_present
     from distill_ray.storage import Folder, check_writable
     from distill_ray.tracking import Tracker, closing
 
     config = configs.load(path, overrides)
+    if not allow_import:
+        configs.refuse_imports(config)
     if not options.out.strip():
         raise UserError("--out: is empty: name a folder")
     out = Folder.at(options.out)
     check_writable(out)
+    check_present(config)
     reporter = Reporter(quiet=options.quiet)
     session = Session(config, out, debug=options.debug)
     run_folder = out / config.name
@@ -192,6 +210,38 @@ def _init(
     print(f"{target}: written; look through it, then: distill-ray run {target}")
 
 
+@app.command("import-labels", help="Logits that you have already, as the label store of a run, instead of a teacher.")
+def _import_labels(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    logits: Annotated[
+        str | None, typer.Option("--logits", metavar="PATH", help="Parquet file or folder, or .npy; as labels.from.")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option("--ids", metavar="PATH", help=".npy with the ids of a .npy's rows; as labels.ids.")
+    ] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="KEY", help="source_id (yours) or row_id; as labels.by.")
+    ] = None,
+    out: OutOption = "runs",
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+    allow_import: AllowImportOption = False,
+) -> None:
+    given = {"from": logits, "ids": ids, "by": by}
+    said = [f"labels.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+
+    def work(context: Context) -> dict[str, Any]:
+        if context.config.labels.from_ is None:
+            raise UserError("import-labels: no file of logits is named: --logits PATH, or labels.from in the config")
+        answer = _stage("label")(context)
+        context.reporter.line(f"import-labels: next: distill-ray run {config} {' '.join(said)}".rstrip())
+        return answer
+
+    _carry_out(config, [*(overrides or []), *said], _options(out, quiet, json_output, debug), allow_import, work)
+
+
 @app.command("verify", help="Check a data or label store: checksums, ids, coverage, finite logits, a sample replayed.")
 def _verify(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or URI of the store.", show_default=False)],
@@ -201,6 +251,7 @@ def _verify(
     quiet: QuietOption = False,
     json_output: JsonOption = False,
     debug: DebugOption = False,
+    allow_import: AllowImportOption = False,
 ) -> None:
     from distill_ray.console import Reporter
     from distill_ray.storage import Folder
@@ -209,7 +260,7 @@ def _verify(
     reporter = Reporter(quiet=quiet)
     answer = verify(Folder.at(path), reporter)
     if answer["kind"] == "labels":
-        answer["replay"] = _replayed(answer, sample, reporter)
+        answer["replay"] = _replayed(answer, sample, reporter, allow_import)
     if json_output:
         print(json.dumps(answer), flush=True)
     elif not quiet:
@@ -226,12 +277,18 @@ def _verify(
         print(f"{answer['folder']}: {answer['kind'].removesuffix('s')} store, {held}: no fault found")
 
 
-def _replayed(answer: dict[str, Any], rows: int, reporter: Reporter) -> dict[str, Any] | None:
+def _replayed(answer: dict[str, Any], rows: int, reporter: Reporter, allow_import: bool) -> dict[str, Any] | None:
     """What running the teacher again on a sample gave; None where that was not possible, and why was told."""
     if not rows or answer["data"] is None:
         return None
     if answer["teacher"] is None:
         reporter.line(f"verify: there is no teacher-{answer['teacher_digest']} beside it: no row was run again")
+        return None
+    if answer["imported"] is not None:
+        reporter.line(
+            f"verify: these logits were imported from {answer['imported']}: there is no teacher to run again, so that "
+            "only what is stored was checked"
+        )
         return None
     if not answer["same_weights"]:  # verify has said so
         return None
@@ -239,7 +296,8 @@ def _replayed(answer: dict[str, Any], rows: int, reporter: Reporter) -> dict[str
     from distill_ray.storage import Folder
     from distill_ray.store import open_store
 
-    return replay(open_store(answer["folder"]), open_store(answer["data"]), Folder.at(answer["teacher"]), rows)
+    labels, data, teacher = open_store(answer["folder"]), open_store(answer["data"]), Folder.at(answer["teacher"])
+    return replay(labels, data, teacher, rows, allow_import=allow_import)
 
 
 def main() -> None:

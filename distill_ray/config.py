@@ -9,16 +9,18 @@ How a key takes part in the digest of a stage folder is declared beside the key 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -328,7 +330,95 @@ class MlpModel(Section):
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = setting((256,))
 
 
-ModelConfig: TypeAlias = Annotated[CharCnnModel | MlpModel, Field(discriminator="name")]
+class ResnetModel(Section):
+    """A small residual network (He et al. 2015, arXiv 1512.03385, section 4.2): a stage of ``blocks`` for each width.
+
+    ``norm: group`` treats every row alone, so that a row's logits depend neither on its neighbours nor on the number of
+    workers; ``batch`` is the paper's.
+    """
+
+    name: Literal["resnet"]
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = setting((16, 32, 64), min_length=1)
+    blocks: int = setting(1, ge=1)
+    norm: Literal["group", "batch"] = setting("group")
+
+
+class _ForeignModel(Section):
+    """A network that is not ours: ``kwargs`` go to it as they are, booleans too."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans(cls, raw: Any) -> Any:
+        return raw
+
+
+class ImportedModel(_ForeignModel):
+    """Your own network: ``import: "package.module:callable"``, called with ``kwargs``; it returns an nn.Module.
+
+    It gets inputs [rows, *shape] as float32 by the input contract and returns logits [rows, classes]. It is code, so
+    it runs with ``--allow-import`` only.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: Literal["import"] = setting("import")
+    import_: str = setting(alias="import", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$")
+    kwargs: dict[str, Any] = setting({})
+
+
+class TimmModel(_ForeignModel):
+    """An image model of timm: ``timm.create_model(model, num_classes, in_chans, **kwargs)``. Nothing is downloaded.
+
+    ``pretrained`` is a local file of weights to start from; the head is made anew where the classes differ.
+    """
+
+    name: Literal["timm"]
+    model: str = setting(min_length=1)
+    kwargs: dict[str, Any] = setting({})
+    pretrained: str | None = setting(None, digest="never", min_length=1)  # its content is part of the digest
+
+    @field_validator("kwargs")
+    @classmethod
+    def _ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _without(value, ("num_classes", "in_chans", "pretrained", "checkpoint_path"))
+
+
+class TransformersModel(_ForeignModel):
+    """An image classifier of transformers: ``model`` is its type (``vit``, ``resnet``, ...), ``kwargs`` its config's.
+
+    ``pretrained`` is a local folder with ``config.json`` and ``model.safetensors`` to start from.
+    """
+
+    name: Literal["transformers"]
+    model: str = setting(min_length=1)
+    kwargs: dict[str, Any] = setting({})
+    pretrained: str | None = setting(None, digest="never", min_length=1)  # its content is part of the digest
+
+    @field_validator("kwargs")
+    @classmethod
+    def _ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _without(value, ("num_labels", "trust_remote_code"))
+
+
+def _without(kwargs: dict[str, Any], taken: tuple[str, ...]) -> dict[str, Any]:
+    if found := [key for key in taken if key in kwargs]:
+        raise ValueError(f"{found[0]} is not for kwargs: it comes from the data, or from the key pretrained")
+    return kwargs
+
+
+def _named(raw: Any) -> Any:
+    # {import: "package.module:callable"} needs no name beside it.
+    return {"name": "import", **raw} if isinstance(raw, dict) and "import" in raw and "name" not in raw else raw
+
+
+OwnModel: TypeAlias = CharCnnModel | MlpModel | ResnetModel
+ForeignModel: TypeAlias = ImportedModel | TimmModel | TransformersModel
+AnyModel: TypeAlias = OwnModel | ForeignModel
+ModelConfig: TypeAlias = Annotated[
+    CharCnnModel | MlpModel | ResnetModel | ImportedModel | TimmModel | TransformersModel,
+    Field(discriminator="name"),
+    BeforeValidator(_named),
+]
 
 
 class CeLoss(Section):
@@ -397,13 +487,71 @@ class TrainConfig(Section):
         return self
 
 
-class TeacherConfig(Section):
-    """The large model, trained on the hard labels."""
+class TeacherInput(Section):
+    """How a given teacher wants to see a stored row, where that is not the data's own input contract.
 
-    model: ModelConfig
+    In this order: one channel is repeated to ``channels``; ``(raw * scale - mean) / std`` per channel; images are
+    resized to ``resize`` (height, width) with antialiasing.
+    """
+
+    scale: float = setting(1 / 255, gt=0)
+    mean: tuple[float, ...] = setting((0.5,), min_length=1)
+    std: tuple[Annotated[float, Field(gt=0)], ...] = setting((0.5,), min_length=1)
+    channels: int | None = setting(None, ge=1)
+    resize: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = setting(None)
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = setting("bilinear")
+
+
+CheckpointFormat: TypeAlias = Literal["auto", "state_dict", "torchscript", "export", "onnx", "folder"]
+OutputKind: TypeAlias = Literal["auto", "logits", "probabilities", "log_probabilities"]
+
+
+def _as_names(raw: Any) -> Any:
+    # YAML reads the class 7 as a number.
+    return [str(name) if type(name) is int else name for name in raw] if isinstance(raw, list | tuple) else raw
+
+
+ClassNames: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+
+
+class _Member(Section):
+    """What describes one given network; see :class:`TeacherConfig`."""
+
+    # Where the file lies does not name the folder: the SHA-256 of its content does.
+    checkpoint: str | None = setting(None, digest="never", min_length=1)
+    format: CheckpointFormat = setting("auto", digest="not_at_default")
+    key: str | None = setting(None, digest="not_at_default", min_length=1)
+    output: OutputKind = setting("auto", digest="not_at_default")
+    classes: ClassNames | None = setting(None, digest="not_at_default", min_length=2)
+    input: TeacherInput | None = setting(None, digest="not_at_default")
+
+
+class GivenTeacher(_Member):
+    """One network of an ensemble."""
+
+    checkpoint: str = setting(digest="never", min_length=1)
+    model: ModelConfig | None = setting(None)
+
+
+class TeacherConfig(_Member):
+    """The large model: trained here on the hard labels (``model``, ``train``), or given.
+
+    Given by ``checkpoint``: a path or URI of a state dict (safetensors, or a torch checkpoint; with ``model``, and
+    ``key`` where the weights lie deeper in it), a TorchScript file, a torch.export program, an ONNX model, or a
+    finished teacher's or student's folder. Or by ``ensemble``: several of them, averaged with ``weights`` as logits or
+    as probabilities.
+
+    ``output`` says what a given teacher returns, ``auto`` looks at a sample. ``classes`` are its outputs in order,
+    where they are not the data's. ``input`` is its own preprocessing.
+    """
+
+    model: ModelConfig | None = setting(None)
     train: TrainConfig = setting(TrainConfig())
     seed: int = setting(0, ge=0)
     loss: CeLoss = setting(CeLoss(name="ce"), digest="not_at_default")
+    ensemble: tuple[GivenTeacher, ...] = setting((), digest="not_at_default")
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = setting(None, digest="not_at_default")
+    average: Literal["logits", "probabilities"] = setting("logits", digest="not_at_default")
 
     @model_validator(mode="before")
     @classmethod
@@ -412,14 +560,66 @@ class TeacherConfig(Section):
             return {**raw, "loss": {"name": "ce", **loss}}
         return raw
 
+    @property
+    def given(self) -> tuple[GivenTeacher, ...]:
+        """The networks that are given; empty where the teacher is trained here."""
+        if self.ensemble:
+            return self.ensemble
+        if self.checkpoint is None:
+            return ()
+        values = {name: getattr(self, name) for name in GivenTeacher.model_fields}
+        return (GivenTeacher.model_construct(**values),)
+
+    @model_validator(mode="after")
+    def _trained_or_given(self) -> TeacherConfig:
+        if self.ensemble and (self.checkpoint is not None or self.model is not None):
+            raise ValueError(
+                "ensemble: its members have a checkpoint and a model of their own: remove the ones beside it"
+            )
+        if self.given and (self.train != TrainConfig() or self.seed):
+            raise ValueError("a given teacher is not trained: remove train and seed, or the checkpoint")
+        if self.ensemble and any(getattr(self, key) != _default(self, key) for key in _MEMBER_ALONE):
+            raise ValueError(f"ensemble: {', '.join(_MEMBER_ALONE)} belong to its members")
+        if not self.ensemble and (self.weights is not None or self.average != "logits"):
+            raise ValueError("weights and average are those of an ensemble: give one, or remove them")
+        if self.weights is not None and len(self.weights) != len(self.ensemble):
+            raise ValueError(f"weights: {len(self.weights)} numbers for {len(self.ensemble)} members of the ensemble")
+        if not self.given and (given := [key for key in _MEMBER_ALONE if getattr(self, key) != _default(self, key)]):
+            raise ValueError(f"{given[0]} is for a given teacher: add its checkpoint, or remove it")
+        return self
+
+
+_MEMBER_ALONE = ("format", "key", "output", "classes", "input")
+
+
+def _default(section: BaseModel, key: str) -> Any:
+    return type(section).model_fields[key].get_default()
+
 
 class LabelsConfig(Section):
-    """The label store: the teacher's logits for every row."""
+    """The label store: the teacher's logits for every row.
+
+    Or logits that somebody computed already: ``from`` is a Parquet file or folder (a column ``by`` of ids, and a list
+    column or one column a class), or a .npy array [rows, classes], with ``ids`` in a .npy file of its own or else in
+    the order of the row ids. ``output`` says what they are; ``auto`` looks at them.
+    """
+
+    model_config = ConfigDict(populate_by_name=True)
 
     views: Literal[1] = setting(1)
     dtype: Literal["float16"] = setting("float16")
     precision: PrecisionName = setting("auto")
     batch_size: int = setting(256, ge=1, digest="never")
+    from_: str | None = setting(None, alias="from", digest="never", min_length=1)
+    ids: str | None = setting(None, digest="never", min_length=1)
+    by: Literal["source_id", "row_id"] = setting("source_id", digest="not_at_default")
+    output: OutputKind = setting("auto", digest="not_at_default")
+
+    @model_validator(mode="after")
+    def _of_imported_ones(self) -> LabelsConfig:
+        if self.from_ is None and (self.ids is not None or self.by != "source_id" or self.output != "auto"):
+            raise ValueError("ids, by and output describe labels that are read from a file: add from, or remove them")
+        return self
 
 
 class StudentConfig(Section):
@@ -552,7 +752,7 @@ class Config(Section):
 
     name: str = setting(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)
     data: DataConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig = setting(TeacherConfig())
     labels: LabelsConfig = setting(LabelsConfig())
     student: StudentConfig
     tune: TuneConfig | None = setting(None)
@@ -565,6 +765,16 @@ class Config(Section):
         if value == "artifacts":
             raise ValueError("'artifacts' is the folder that runs share: choose another name")
         return value
+
+    @model_validator(mode="after")
+    def _logits_come_from_one_place(self) -> Config:
+        if self.labels.from_ is not None and self.teacher != TeacherConfig():
+            raise ValueError("labels.from and teacher: the logits come from one of them: remove the other")
+        if self.labels.from_ is None and not self.teacher.given and self.teacher.model is None:
+            raise ValueError(
+                "teacher: needs a model to train, a checkpoint that is trained already, or labels.from with its logits"
+            )
+        return self
 
 
 # --- digests --------------------------------------------------------------------------------------------------------
@@ -609,12 +819,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         for depth in range(1, len(parts)):
             lines.setdefault(parts[:depth], f"override {override}")
         lines[parts] = f"override {override}"
-    return _absolute_paths(_validate(raw, lines, str(path)))
+    return _absolute_checkpoints(_absolute_paths(_validate(raw, lines, str(path))))
 
 
 def from_dict(raw: Mapping[str, Any]) -> Config:
     """Validate a config that is already a dict, as the stages receive it from the driver."""
-    return _absolute_paths(_validate(dict(raw), {}, "config"))
+    return _absolute_checkpoints(_absolute_paths(_validate(dict(raw), {}, "config")))
 
 
 def to_dict(config: BaseModel) -> dict[str, Any]:
@@ -727,7 +937,10 @@ def _config_path(loc: Sequence[int | str], raw: Any) -> tuple[str, ...]:
     path: list[str] = []
     current = raw
     for position, item in enumerate(loc):
-        if isinstance(current, dict) and (item in current or position == len(loc) - 1):
+        last = position == len(loc) - 1
+        if isinstance(current, dict) and item == "import" and not last:
+            continue  # the tag of such a model, and one of its keys, too
+        if isinstance(current, dict) and (item in current or last):
             path.append(str(item))
             current = current.get(item)
         elif isinstance(current, list | tuple) and isinstance(item, int):
@@ -739,7 +952,7 @@ def _config_path(loc: Sequence[int | str], raw: Any) -> tuple[str, ...]:
 def _explain(problem: Any, path: tuple[str, ...], raw: dict[str, Any]) -> str:
     kind, message = problem["type"], str(problem["msg"])
     if kind == "extra_forbidden":
-        valid = sorted({name for section in _sections_at(path[:-1], raw) for name in section.model_fields})
+        valid = sorted({key for section in _sections_at(path[:-1], raw) for key in keys_of(section)})
         near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
         return "unknown key" + (f", did you mean {near[0]!r}?" if near else f"; valid keys: {', '.join(valid)}")
     if kind == "missing":
@@ -763,6 +976,9 @@ def _sections_at(path: Sequence[str], raw: Any) -> list[type[BaseModel]]:
     current = raw
     free_key = False  # of a mapping such as tune.space, whose keys are the user's own
     for part in path:
+        if isinstance(current, list) and part.isdigit():  # of a list of sections
+            current = current[int(part)]
+            continue
         current = current.get(part) if isinstance(current, dict) else None
         if free_key:
             free_key = False
@@ -775,9 +991,14 @@ def _sections_at(path: Sequence[str], raw: Any) -> list[type[BaseModel]]:
     return sections
 
 
+def keys_of(section: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The keys of a section as they are written in a config."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
 def _models_of(field: FieldInfo | Any) -> list[type[BaseModel]]:
     annotation = field.annotation if isinstance(field, FieldInfo) else field
-    if get_origin(annotation) in (Union, types.UnionType, Annotated, dict):
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, dict, tuple):
         return [model for arg in get_args(annotation) for model in _models_of(arg)]
     return [annotation] if isinstance(annotation, type) and issubclass(annotation, BaseModel) else []
 
@@ -823,3 +1044,54 @@ def _absolute(key: str, location: str) -> str:
     if "@" in place.split("/", 1)[0] or re.search(r"(key|secret|token|password)[^=&]*=", options, re.IGNORECASE):
         raise UserError(f"{key}: a URI with credentials in it: leave them out, and set them in the environment")
     return location
+
+
+def _absolute_checkpoints(config: Config) -> Config:
+    """Files of given models and logits, from where the command is typed."""
+    teacher, labels = config.teacher, config.labels
+    teacher = _moved(teacher, "checkpoint").model_copy(
+        update={"ensemble": tuple(_moved(member, "checkpoint") for member in teacher.ensemble)}
+    )
+    student = config.student.model_copy(update={"model": _with_pretrained(config.student.model)})
+    teacher = teacher.model_copy(update={"model": _with_pretrained(teacher.model)})
+    labels = _moved(_moved(labels, "from_"), "ids")
+    return config.model_copy(update={"teacher": teacher, "labels": labels, "student": student})
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _moved(section: SectionT, key: str) -> SectionT:
+    where = getattr(section, key)
+    return section if where is None else section.model_copy(update={key: _absolute(key.strip("_"), where)})
+
+
+def _with_pretrained(model: Any) -> Any:
+    return _moved(model, "pretrained") if isinstance(model, TimmModel | TransformersModel) else model
+
+
+# --- code that a config names ---------------------------------------------------------------------------------------
+
+
+def imports_of(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, import path) of all code that a config names, in a search's space too; ``values`` as plain data."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            place = f"{prefix}.{key}" if prefix else str(key)
+            if (key == "import" or str(key).endswith(".import")) and value is not None:
+                yield place, value if isinstance(value, str) else json.dumps(value, default=str)
+            else:
+                yield from imports_of(value, place)
+    elif isinstance(values, list | tuple):
+        for number, value in enumerate(values):
+            yield from imports_of(value, f"{prefix}[{number}]")
+
+
+def refuse_imports(config: Config) -> None:
+    """For commands that were not given ``--allow-import``.
+
+    Raises:
+        UserError: the config names code.
+    """
+    for place, code in imports_of(to_dict(config)):
+        raise UserError(f"{place}: {code} is code that would run here: read it, then say --allow-import")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import KLDivergence, MeanMetric
+from torchmetrics import KLDivergence, MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
 from distill_ray.inference import logits_of
@@ -47,22 +47,38 @@ def quality(logits_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor | None) -> d
 
 
 class ValidationMetrics:
-    """Accuracy and cross-entropy over batches; under data parallelism all workers get the whole."""
+    """Accuracy and cross-entropy over batches; under data parallelism all workers get the whole.
+
+    Where no row has a label, agreement with the teacher and KL(teacher || model) at temperature 1 take their place.
+    """
 
     def __init__(self, classes: int, device: torch.device, world_size: int) -> None:
         sync = world_size > 1
         self._accuracy = MulticlassAccuracy(classes, average="micro", ignore_index=-1, sync_on_compute=sync).to(device)
         self._ce = MeanMetric(sync_on_compute=sync).to(device)
+        self._labelled = SumMetric(sync_on_compute=sync).to(device)
+        self._agreement = MulticlassAccuracy(classes, average="micro", sync_on_compute=sync).to(device)
+        self._kl = MeanMetric(sync_on_compute=sync).to(device)
 
-    def update(self, logits_BC: Tensor, labels_B: Tensor) -> None:
-        """Add a batch; unlabelled rows (-1) do not count."""
+    def update(self, logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None) -> None:
+        """Add a batch; unlabelled rows (-1) count for what is measured against the teacher alone."""
         known = labels_B >= 0
+        self._labelled.update(known.sum())
+        if teacher_BC is not None:
+            self._agreement.update(logits_BC, teacher_BC.argmax(dim=1))
+            teacher_log, model_log = teacher_BC.float().log_softmax(dim=1), logits_BC.log_softmax(dim=1)
+            self._kl.update(F.kl_div(model_log, teacher_log, reduction="none", log_target=True).sum(dim=1))
         self._accuracy.update(logits_BC, labels_B)
         losses_B = F.cross_entropy(logits_BC, labels_B, ignore_index=-1, reduction="none")
         self._ce.update(losses_B[known])
 
     def compute(self) -> dict[str, float]:
         """Over all rows of all workers."""
+        if not float(self._labelled.compute()):
+            return {
+                "validation_agreement": float(self._agreement.compute()),
+                "validation_kl": float(self._kl.compute()),
+            }
         return {"validation_accuracy": float(self._accuracy.compute()), "validation_ce": float(self._ce.compute())}
 
 

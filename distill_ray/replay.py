@@ -27,7 +27,9 @@ _FP32_SLACK = 1e-3  # other threads, batch sizes and hardware add in another ord
 _REDUCED_SLACK = 4.0  # times the largest difference from fp32 that the labelling itself measured on its own sample
 
 
-def replay(labels: Store, data: Store, teacher: Folder, rows: int = SAMPLE_ROWS) -> dict[str, Any]:
+def replay(
+    labels: Store, data: Store, teacher: Folder, rows: int = SAMPLE_ROWS, *, allow_import: bool = False
+) -> dict[str, Any]:
     """Run the teacher over a random sample of ``data``, in the precision of the labels, and compare.
 
     Where this machine does not compute in that precision, fp32 takes its place; the bound allows for both. The sample
@@ -42,9 +44,9 @@ def replay(labels: Store, data: Store, teacher: Folder, rows: int = SAMPLE_ROWS)
             bound, naming the first.
     """
     manifest = labels.label_manifest
-    model = load_model(teacher, expected_sha256=manifest.teacher_weights_sha256)
+    loaded = load_model(teacher, expected_sha256=manifest.teacher_weights_sha256, allow_import=allow_import)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device)
+    model = loaded.to(device)
     precision.exact_fp32()
     used = _supported(manifest.precision, device)
     differences, agreed, wrong, count = 0.0, 0, [], 0

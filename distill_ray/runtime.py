@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import secrets
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distill_ray import placing
-from distill_ray.config import Config
+from distill_ray import placing, usercode
+from distill_ray.config import Config, imports_of, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Node
 from distill_ray.sources.files import split_location
@@ -35,6 +37,7 @@ class Session:
     def __init__(self, config: Config, out: Folder, *, debug: bool = False) -> None:
         self._config, self._out, self._debug = config, out, debug
         self._nodes: list[Node] | None = None
+        self._staged: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> list[Node]:
         """Connect, or start a private local cluster; returns the live nodes.
@@ -65,6 +68,7 @@ class Session:
                 address=self.address, log_to_driver=self._debug, configure_logging=True,
                 include_dashboard=False if self.address == "local" else None,
                 logging_level=logging.INFO if self._debug else logging.ERROR,
+                runtime_env=self._code_for_workers(),
             )  # fmt: skip
         except SystemExit:
             _shutdown()
@@ -78,6 +82,25 @@ class Session:
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGTERM, on_sigterm)
+
+    def _code_for_workers(self) -> dict[str, str] | None:
+        """What must travel where the config names code: the modules of the current folder that this code is made of.
+
+        A private cluster's workers see the current folder itself, and those of a submitted job its working directory.
+        """
+        if self.address == "local" or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            return None
+        named = " ".join(code for _, code in imports_of(to_dict(self._config)))
+        modules = re.findall(r"([A-Za-z_][\w.]*):[A-Za-z_]", named)
+        files = {name: file for module in modules for name, file in usercode.local_files(module).items()}
+        if not files:
+            return None
+        self._staged = tempfile.TemporaryDirectory(prefix="distill-ray-code-")
+        for name, file in files.items():
+            copy = Path(self._staged.name) / usercode.relative_path(name, file)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+        return {"working_dir": self._staged.name}
 
     def _source_path(self) -> str | None:
         path = getattr(self._config.data, "path", None)

@@ -5,7 +5,7 @@ What is looked at is little: the schema, the first row, and the label column, re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 from distill_ray import config as configs
 from distill_ray.config import HuggingfaceData, IdxData, ImagesData, ParquetData
 from distill_ray.errors import UserError
-from distill_ray.sources import ParquetSource, SourceInfo, files, huggingface, open_source, parquet
+from distill_ray.sources import SourceInfo, files, huggingface, info_of, open_source, parquet
 from distill_ray.sources.annotations import class_counts
 
 SourceName = Literal["parquet", "images", "huggingface", "idx"]
@@ -59,9 +59,7 @@ def first_config(path: str, name: str, wishes: Wishes) -> str:
         UserError: there is no such data, it is damaged, or its columns do not say which is the input.
     """
     found = _look(path, wishes)
-    source = open_source(_data_config(found.data))
-    info = source.info(_annotations(source)) if isinstance(source, ParquetSource) else source.info()
-    text = _Writer(found, info, name).text()
+    text = _Writer(found, info_of(open_source(_data_config(found.data))), name).text()
     configs.from_dict(yaml.safe_load(text))  # what is written is valid
     return text
 
@@ -74,13 +72,6 @@ def _data_config(data: Mapping[str, Any]) -> Any:
         "idx": IdxData,
     }
     return kinds[data["source"]].model_validate(data)
-
-
-def _annotations(source: ParquetSource) -> Iterator[tuple[int, pa.Table]]:
-    if source.annotated():
-        for piece in source.pieces():
-            for offset, table in source.annotations(piece):
-                yield piece.first_row + offset, table
 
 
 # --- which source, which columns -------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class FitSpec:
 
 @dataclass(frozen=True)
 class FitResult:
-    """``weights_sha256`` of the model of ``best_epoch``, the epoch of the best validation accuracy."""
+    """``weights_sha256`` of the model of ``best_epoch``, the best by ``artifacts.score``."""
 
     weights_sha256: str
     best_epoch: int
@@ -348,7 +348,7 @@ def _validate(state: _State, rows: Rows) -> dict[str, float]:
             if not batch.empty:
                 with precision.autocast(spec.precision, worker.device):
                     logits_BC = state.classifier(batch.inputs)
-                measured.update(logits_BC.float(), batch.labels)
+                measured.update(logits_BC.float(), batch.labels, batch.logits)
     finally:
         state.classifier.net = weights
     return measured.compute() | {"validation_seconds": time.perf_counter() - started}

@@ -65,9 +65,15 @@ def environment(**extra: str) -> dict[str, str]:
 
 def distill_ray(*arguments: str | Path, **env: str) -> Finished:
     """Run the command to its end, with these environment variables."""
+    return distill_ray_in(Path.cwd(), *arguments, **env)
+
+
+def distill_ray_in(cwd: Path, /, *arguments: str | Path, **env: str) -> Finished:
+    """The same, typed in the folder ``cwd``."""
     done = subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=RUN_TIMEOUT_S, env=environment(**env)
-    )
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=RUN_TIMEOUT_S,
+        env=environment(**env), cwd=cwd,
+    )  # fmt: skip
     return Finished(done.returncode, done.stdout, done.stderr)
 
 

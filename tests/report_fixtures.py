@@ -120,4 +120,4 @@ def _train(
     )
     assert result is not None
     extra = {"data_digest": data.manifest.digest, "teacher_digest": labels and labels.label_manifest.teacher_digest}
-    model_folder.finish(target.folder, result, data, labels, _CPU, extra)
+    model_folder.finish(target.folder, model, result, data, labels, _CPU, extra)

@@ -55,6 +55,13 @@ def _assert_one_line(code: int, stderr: str, expected_code: int, *parts: str) ->
         ("data.split.fractions=[0.9, 0.1, 0.0]", ["data.split.fractions", "no rows", "test"]),
         ("teacher.train.epochs=true", ["teacher.train", "epochs must be", "true"]),
         ("data={source: idx, path: s3://bucket/images}", ["data.path", "URI"]),
+        ("teacher={checkpoint: /no/such.pt}", ["teacher.checkpoint /no/such.pt", "no such file"]),
+        ("teacher={}", ["teacher: needs a model to train", "checkpoint", "labels.from"]),
+        ("labels.from=/no/such.npy", ["labels.from and teacher", "remove the other"]),
+        (
+            "student.model={import: 'no_pkg.nets:build'}",
+            ["student.model.import", "no_pkg.nets:build", "--allow-import"],
+        ),
     ],
 )
 def test_a_bad_config_is_one_line_and_exit_2(tmp_path: Path, override: str, parts: list[str]) -> None:

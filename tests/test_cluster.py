@@ -23,11 +23,33 @@ import pytest
 import yaml
 
 from tests.conftest import SmallRun
-from tests.harness import SMALL_RUN, act_when, distill_ray, environment, epochs_done, only, stop_when, write_config
+from tests.harness import (
+    SMALL_RUN,
+    act_when,
+    distill_ray,
+    distill_ray_in,
+    environment,
+    epochs_done,
+    only,
+    stop_when,
+    write_config,
+)
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_TIMEOUT_S = 120
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # as Ray wants it since 2.60
+
+
+NETS = """
+from pathlib import Path
+
+from torch import nn
+
+
+def flat(note):
+    Path(note, Path(__file__).parent.name).write_text(__file__)
+    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 62))
+"""
 
 
 def free_port() -> int:
@@ -142,6 +164,30 @@ def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Pat
     refused = distill_ray("prepare", config, "data.seed=1", "--out", out, RAY_ADDRESS=two_nodes.address)
     assert refused.code == 2, refused.stderr
     assert "RAY_AUTH_TOKEN" in refused.stderr.splitlines()[-1]
+
+
+def test_own_code_travels_to_the_workers(tmp_path: Path, two_nodes: Cluster) -> None:
+    """Their copy is one that Ray has brought them: they need not see the folder that the command is typed in."""
+    place, notes = tmp_path / "user", tmp_path / "notes"
+    place.mkdir()
+    notes.mkdir()
+    (place / "my_nets.py").write_text(NETS)
+    (place / "large.bin").write_bytes(b"0" * 1000)  # what the module does not import stays here
+    config = write_config(tmp_path, {
+        "name": "x", "data": {"source": "glyph62", "rows": 620},
+        "teacher": {"model": {"name": "mlp", "hidden": [8]}, "train": {"epochs": 1}},
+        "student": {"model": {"import": "my_nets:flat", "kwargs": {"note": str(notes)}}, "train": {"epochs": 1}},
+    })  # fmt: skip
+    done = distill_ray_in(
+        place, "student", config, "--out", tmp_path / "runs", "--allow-import", RAY_ADDRESS=two_nodes.address, **TOKEN
+    )
+    assert done.code == 0, done.stderr
+    ran_from = {Path(note.read_text()) for note in notes.iterdir()}
+    assert place / "my_nets.py" in ran_from  # the command's own look at it, before anything was trained
+    theirs = [path for path in ran_from if path != place / "my_nets.py"]
+    assert theirs
+    assert all("working_dir_files" in path.parts for path in theirs)
+    assert not any(path.with_name("large.bin").exists() for path in theirs)
 
 
 @pytest.mark.slow

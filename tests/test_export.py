@@ -16,7 +16,7 @@ import torch
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, KdLoss
 from distill_ray.errors import RunError
-from distill_ray.models import Classifier, load_model
+from distill_ray.models import Classifier, load_classifier, load_model
 from distill_ray.stages import export, prepare, student
 from distill_ray.stages.context import Context
 from distill_ray.stages.student import Role, Student
@@ -192,7 +192,7 @@ def test_a_program_that_differs_is_refused_and_nothing_changes(
     faithful = export.to_program
 
     def spoiled(model: Classifier, dtype: str) -> bytes:
-        other = load_model(str(exported))
+        other = load_classifier(str(exported))
         with torch.no_grad():
             next(reversed(list(other.parameters())))[0] += 1e-3  # one bias of 62
         return faithful(other, dtype)

@@ -15,9 +15,9 @@ ROOT = Path(distill_ray.__file__).parent
 
 # From the bottom up: a module may import those before it, never those after it.
 LAYERS = (
-    "errors", "config", "storage", "artifacts", "sources", "models", "losses", "precision", "inference", "memory",
-    "profiling", "evidence", "console", "store", "metrics", "replay", "order", "rows", "checkpoints", "optimizing",
-    "footprint", "training", "tracking", "placing", "runtime", "stages", "starting", "cli",
+    "errors", "config", "storage", "artifacts", "usercode", "sources", "models", "losses", "precision", "inference",
+    "memory", "profiling", "evidence", "console", "store", "logit_files", "metrics", "replay", "order", "rows",
+    "checkpoints", "optimizing", "footprint", "training", "tracking", "placing", "runtime", "stages", "starting", "cli",
 )  # fmt: skip
 RAY_MODULES = ("runtime", "stages")
 
@@ -82,8 +82,14 @@ def test_nothing_is_pickled_or_loaded_as_a_pickle() -> None:
     forbidden = ("pickle", "cloudpickle", "dill", "joblib")
     for _, path, tree in _modules():
         assert not [name for name in _imported(tree) if name.split(".")[0] in forbidden], path
-        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        assert not {"torch.load", "torch.save", "yaml.unsafe_load"} & set(calls), path
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        assert not {"torch.save", "yaml.unsafe_load"} & {ast.unparse(call.func) for call in calls}, path
+        for call in calls:
+            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            if ast.unparse(call.func) == "torch.load":  # of a teacher that is given
+                assert arguments.get("weights_only") == "True", path
+            if ast.unparse(call.func) == "np.load":
+                assert arguments.get("allow_pickle") == "False", path
 
 
 def test_help_answers_without_torch_or_ray() -> None:

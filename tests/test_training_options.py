@@ -17,7 +17,7 @@ from distill_ray.checkpoints import Checkpoint
 from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
 from distill_ray.errors import RunError
 from distill_ray.losses import Share
-from distill_ray.models import ModelSpec, load_model
+from distill_ray.models import ModelSpec, load_classifier, load_model
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, StoredSplit
 from distill_ray.training import FitResult, FitSpec, Worker, fit
@@ -125,7 +125,7 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
             clip_norm=clip,
         )  # fmt: skip
         trained(once, tmp_path / name)
-        end = torch.cat([p.flatten() for p in load_model(str(tmp_path / name)).net.parameters()]).detach()
+        end = torch.cat([p.flatten() for p in load_classifier(str(tmp_path / name)).net.parameters()]).detach()
         lengths[name] = float((end - start).norm())
     assert lengths["clipped"] == pytest.approx(0.01, rel=1e-3)
     assert lengths["free"] > 0.05
@@ -143,7 +143,7 @@ def test_the_average_of_the_weights_is_what_is_validated_and_kept(tmp_path: Path
             expected = {name: tensor.clone() for name, tensor in weights.items()}
         else:
             expected = {name: decay * expected[name] + (1 - decay) * tensor for name, tensor in weights.items()}
-    kept = load_model(str(tmp_path / "ema")).net.state_dict()
+    kept = load_classifier(str(tmp_path / "ema")).net.state_dict()
     for name, tensor in expected.items():
         assert torch.allclose(kept[name], tensor, atol=1e-6)
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import overload
 
+import pyarrow as pa
 from pydantic import TypeAdapter
 
 from distill_ray.config import DataBase, DataConfig, Glyph62Data, HuggingfaceData, IdxData, ImagesData, ParquetData
@@ -30,6 +32,7 @@ __all__ = [
     "Piece",
     "Source",
     "SourceInfo",
+    "info_of",
     "open_cached",
     "open_source",
 ]
@@ -70,3 +73,15 @@ def open_cached(config: DataBase) -> AnySource:
 @lru_cache(maxsize=1)
 def _open_cached(config: str) -> AnySource:
     return open_source(TypeAdapter(DataConfig).validate_json(config))
+
+
+def info_of(source: AnySource) -> SourceInfo:
+    """What is known of a source before its inputs are read, found in this process; of Parquet piece by piece."""
+    return source.info(_small_columns(source)) if isinstance(source, ParquetSource) else source.info()
+
+
+def _small_columns(source: ParquetSource) -> Iterator[tuple[int, pa.Table]]:
+    if source.annotated():
+        for piece in source.pieces():
+            for offset, table in source.annotations(piece):
+                yield piece.first_row + offset, table

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_ray import __version__
-from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE
-from distill_ray.config import to_dict
+from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE, score
+from distill_ray.config import imports_of, to_dict
 from distill_ray.errors import RunError
-from distill_ray.models import Classifier, ModelSpec, load_model
+from distill_ray.models import Classifier, ModelSpec, load_classifier
 from distill_ray.stages import opening, prepare, results, student
 from distill_ray.stages.context import Context
 from distill_ray.stages.student import Student
@@ -49,12 +49,17 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def best_student(students: Sequence[Student]) -> Student:
-    """The student of the highest validation accuracy, the first among equals; controls do not count.
+    """The student of the highest validation accuracy (without labels: agreement with the teacher), the first among
+    equals; controls do not count.
 
     The test split has no say: a model chosen on it would look better than it is.
     """
     candidates = [candidate for candidate in students if candidate.role == "student"]
-    return max(candidates, key=lambda candidate: float(_summary(candidate)["validation_accuracy"]))
+    return max(candidates, key=lambda candidate: _score(_summary(candidate)))
+
+
+def _score(summary: Mapping[str, Any]) -> float:
+    return score({key: value for key, value in summary.items() if value is not None})
 
 
 def finished(folder: Folder, chosen: Student) -> dict[str, Any] | None:
@@ -94,7 +99,8 @@ def largest_difference(program: bytes, model: nn.Module, rows: Tensor) -> float:
 
 def _write(context: Context, best: Student, folder: Folder) -> dict[str, Any]:
     source = best.stage.folder
-    model = load_model(source, expected_sha256=str(_summary(best)["weights_sha256"]))
+    names_code = any(imports_of(to_dict(context.config.student)))  # the command asked for permission
+    model = load_classifier(source, expected_sha256=str(_summary(best)["weights_sha256"]), allow_import=names_code)
     files = {name: source.read_bytes(name) for name in (WEIGHTS_FILE, SPEC_FILE)}
     spec = ModelSpec.model_validate_json(files[SPEC_FILE])
     files[PROGRAM_FILE] = to_program(model, spec.dtype)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from distill_ray import __version__, artifacts, placing, profiling, runtime
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, digest_payload
-from distill_ray.errors import RunError
+from distill_ray.config import Config, digest_payload, imports_of, to_dict
+from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import opening, prepare, teacher
+from distill_ray.stages import import_labels, opening, prepare, teacher
 from distill_ray.stages.context import Context, config_section, recorded, tracking_id, write_stage_config
 from distill_ray.stages.shard_job import ShardPlan, Written, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
@@ -26,7 +27,8 @@ def run(context: Context) -> Stage:
     data = prepare.run(context)
     model = teacher.run(context)
     target = locate(context.config, context.out, data, model)
-    context.once("label", target, opening.store_is_whole, lambda: _make(context, data, model, target))
+    make = _make if context.config.labels.from_ is None else import_labels.make
+    context.once("label", target, opening.store_is_whole, lambda: make(context, data, model, target))
     store = opening.label_store(context.config, target, opening.data_store(context.config, data))
     opening.check_teacher(store, model, weights_sha256(model))
     if not target.folder.is_local:  # those that were too young when the store was committed
@@ -65,7 +67,9 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     arguments: dict[str, Any] = {
         "teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri, "target": target,
         "cache": opening.cache_of(context.config), "section": config_section(context.config, "labels"),
-        "precision": before.get("precision") or _asked(context, placement, len(nodes)), "threads": placement.cpus,
+        "allow_import": any(imports_of(to_dict(context.config.teacher))),  # the command asked for permission
+        "asked": context.config.labels.precision, "threads": placement.cpus,
+        "precision": before.get("precision") or _agreed(context, placement, len(nodes)),
     }  # fmt: skip
     _start_tracking(context, target, model)
     started = time.perf_counter()
@@ -126,7 +130,7 @@ def _stream(
     return records, notes
 
 
-def _asked(context: Context, placement: Placement, nodes: int) -> str:
+def _agreed(context: Context, placement: Placement, nodes: int) -> str:
     """The precision to label in. On one node each actor finds what ``auto`` means there; several nodes may differ."""
     asked = context.config.labels.precision
     if asked != "auto" or nodes == 1:
@@ -146,12 +150,25 @@ def _resolve(asked: Any) -> str:
     return precision.resolve(asked, runtime.worker_device())
 
 
+def possible_precision(model: Any, asked: Any) -> Any:
+    """``asked``, or fp32 for a teacher that is given as a program: it computes as it was made.
+
+    Raises:
+        UserError: another precision is asked of such a teacher.
+    """
+    if getattr(model, "reducible", True):
+        return asked
+    if asked not in ("auto", "fp32"):
+        raise UserError(f"labels.precision {asked}: a teacher given as a program computes as it was made: use auto")
+    return "fp32"
+
+
 class Labeller:
     """A labelling actor: holds the teacher, turns one data shard at a time into its label shard."""
 
     def __init__(
-        self, teacher: str, weights: str, data: str, cache: ShardCache, target: Stage, section: dict[str, Any],
-        precision: Any, threads: int, batch_size: int,
+        self, teacher: str, weights: str, data: str, cache: ShardCache, allow_import: bool, target: Stage,
+        section: dict[str, Any], asked: Any, precision: Any, threads: int, batch_size: int,
     ) -> None:  # fmt: skip
         self._born = profiling.Profile()
         import torch
@@ -164,12 +181,14 @@ class Labeller:
         exact_fp32()
         torch.set_num_threads(threads)
         self._device = runtime.worker_device()
-        self._precision = resolve(precision, self._device)
+        self._load = partial(load_model, Folder(teacher), expected_sha256=weights, allow_import=allow_import)
+        self._model = self._load().to(self._device)
+        possible = possible_precision(self._model, asked)
+        self._precision = resolve(precision if possible == asked else possible, self._device)
         if not recorded(target.folder):  # before the first shard: a job that continues obeys it
             write_stage_config(target, section, {"precision": self._precision})
-        self._teacher, self._weights = Folder(teacher), weights
-        self._model = load_model(self._teacher, expected_sha256=weights).to(self._device)
-        cast_weights(self._model, self._precision)
+        if self._model.ours:
+            cast_weights(self._model, self._precision)
         self._data, self._target, self._batch_size = open_store(Folder(data), cache), target, batch_size
         self._born.seconds["start-up"] = time.time() - self._born.began
 
@@ -204,11 +223,9 @@ class Labeller:
         from torchmetrics.classification import MulticlassAccuracy
 
         from distill_ray.inference import logits_of
-        from distill_ray.models import load_model
 
         rows, used = inputs[:_CHECK_ROWS], logits[:_CHECK_ROWS]
-        uncast = load_model(self._teacher, expected_sha256=self._weights).to(self._device)
-        exact = logits_of(uncast, rows, self._batch_size, "fp32", self._device)
+        exact = logits_of(self._load().to(self._device), rows, self._batch_size, "fp32", self._device)
         agreement = MulticlassAccuracy(used.shape[1], average="micro", sync_on_compute=False)
         kl = KLDivergence(log_prob=True, sync_on_compute=False)
         shift = (exact - exact.max(1, keepdim=True).values) - (used - used.max(1, keepdim=True).values)

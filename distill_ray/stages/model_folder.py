@@ -8,11 +8,11 @@ import torch
 
 from distill_ray import losses, metrics, precision, profiling
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
-from distill_ray.config import CeLoss, KdLoss, PrecisionName, StudentConfig, TeacherConfig, TrainConfig
+from distill_ray.config import CeLoss, ImportedModel, KdLoss, PrecisionName, StudentConfig, TeacherConfig, TrainConfig
 from distill_ray.errors import UserError
 from distill_ray.footprint import step_bytes
 from distill_ray.models import ModelSpec, finished_weights, load_model
-from distill_ray.models.classifier import count_parameters
+from distill_ray.models.classifier import check_output, count_parameters, is_ours
 from distill_ray.placing import Placement
 from distill_ray.stages.context import recorded
 from distill_ray.storage import Folder
@@ -74,8 +74,10 @@ def check_model(key: str, data: DataManifest, section: TeacherConfig | StudentCo
         UserError: what does not fit; of memory how much a step takes, how much there is, and what to lower.
     """
     spec, train = model_spec(data, section.model), section.train
-    with torch.device("meta"):  # it need not fit on this machine
-        spec.build(key=f"{key}.model")
+    if is_ours(spec.model):
+        spec.build_on_meta(key=f"{key}.model")
+    else:
+        check_output(spec.build(key=f"{key}.model"), spec.shape, spec.dtype, spec.classes, f"{key}.model")
     needed = step_bytes(spec, train, data.splits["train"].rows, placement.workers)
     if not placement.gpus and needed > placement.room_bytes:
         raise UserError(
@@ -107,7 +109,13 @@ def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Sto
 
 
 def finish(
-    folder: Folder, result: FitResult, data: Store, labels: Store | None, device: torch.device, extra: dict[str, Any]
+    folder: Folder,
+    spec: ModelSpec,
+    result: FitResult,
+    data: Store,
+    labels: Store | None,
+    device: torch.device,
+    extra: dict[str, Any],
 ) -> None:
     """Evaluate the saved model once on the test split, in fp32, measure its latency, and write ``summary.json``.
 
@@ -116,8 +124,9 @@ def finish(
     """
     if finished_weights(folder) is not None:
         return
+    names_code = isinstance(spec.model, ImportedModel)  # the command asked for permission
     with profiling.phase("evaluation"):
-        model = load_model(folder, expected_sha256=result.weights_sha256).to(device)
+        model = load_model(folder, expected_sha256=result.weights_sha256, allow_import=names_code).to(device)
         quality = metrics.evaluate(model, read_shards(data, "test", labels), _EVALUATION_BATCH, "fp32", device)
         one_row = torch.from_numpy(next(read_shards(data, "test")).inputs[:1].copy())
         latency = metrics.latency_ms(model, one_row, device)
@@ -131,7 +140,8 @@ def finish(
         "seconds": sum(row["train_seconds"] + row["validation_seconds"] for row in result.history),
         "epochs": len(result.history),
         "best_epoch": result.best_epoch,
-        "validation_accuracy": best["validation_accuracy"],
+        "validation_accuracy": best.get("validation_accuracy"),
+        **({} if "validation_accuracy" in best else {"validation_agreement": best["validation_agreement"]}),
         "test_rows": data.manifest.splits["test"].rows,
         "weights_sha256": result.weights_sha256,
         **extra,

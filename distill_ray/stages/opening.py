@@ -72,6 +72,11 @@ def check_teacher(store: Store, teacher: Stage, weights_sha256: str) -> None:
             raise UserError(f"{store.folder}: was made by {what} {held}, the config's is {wanted}: {_REMEDY}")
 
 
+def has_labels(data: Store, split: str) -> bool:
+    """Whether any row of the split has a label; reads its shards up to the first that has."""
+    return any((data.data_shard(record).labels >= 0).any() for record in data.manifest.splits[split].shards)
+
+
 def store_is_whole(target: Stage) -> bool:
     """Whether the store is committed and every shard is there in its size.
 

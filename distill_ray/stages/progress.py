@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 
+from distill_ray import artifacts
 from distill_ray.artifacts import METRICS_FILE, WEIGHTS_FILE, History, Stage
 from distill_ray.storage import Folder
 
@@ -13,11 +14,19 @@ from distill_ray.storage import Folder
 def is_whole(target: Stage) -> bool:
     """Whether the folder is finished and its weights are those that it says."""
     summary = target.finished()
-    if summary is None or target.folder.size(WEIGHTS_FILE) != summary.get("bytes"):
+    if summary is None:
+        return False
+    weights = {"bytes": summary.get("bytes"), "sha256": summary.get("weights_sha256")}
+    files = summary.get("files", {WEIGHTS_FILE: weights})  # a given teacher has others, or none
+    if any(target.folder.size(name) != file["bytes"] for name, file in files.items()):
         return False
     if not target.folder.is_local:
         return True  # reading it all to compare would cost a download; who loads it compares
-    return hashlib.sha256(target.folder.buffer(WEIGHTS_FILE)).hexdigest() == summary.get("weights_sha256")
+    return all(_sha256(target.folder, name) == file["sha256"] for name, file in files.items())
+
+
+def _sha256(folder: Folder, name: str) -> str:
+    return hashlib.sha256(folder.buffer(name)).hexdigest()
 
 
 class Follower:
@@ -50,5 +59,6 @@ def read_history(folder: Folder) -> History:
 
 def epoch_note(row: dict[str, float]) -> str:
     """An epoch in a few words, for progress lines."""
-    loss, accuracy, speed = row["train_loss"], row["validation_accuracy"], row["rows_per_s"]
-    return f"epochs  loss {loss:.4f}  validation accuracy {accuracy:.4f}  {speed:,.0f} rows/s"
+    loss, speed = row["train_loss"], row["rows_per_s"]
+    measured = "accuracy" if "validation_accuracy" in row else "agreement"
+    return f"epochs  loss {loss:.4f}  validation {measured} {artifacts.score(row):.4f}  {speed:,.0f} rows/s"

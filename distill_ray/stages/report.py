@@ -73,6 +73,13 @@ def pairs(rows: Sequence[Mapping[str, Any]]) -> list[Pair]:
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What distillation did to the test accuracy, in sentences: each seed, then the mean with its uncertainty."""
+    distilled = [row for row in rows if row["role"] == "student" and row.get("loss", {}).get("name", "ce") != "ce"]
+    if distilled and not any(row["role"] == "control" for row in rows):
+        agreements = ", ".join(f"{100 * row['agreement']:.2f} %" for row in distilled)
+        return [
+            "The training rows have no labels, so there is no control to compare with. The students choose the "
+            f"teacher's class on {agreements} of the test rows."
+        ]
     if not any(row["role"] == "control" for row in rows):
         return ["The student of this run learns from the hard labels alone: there is no distillation to judge."]
     found = pairs(rows)

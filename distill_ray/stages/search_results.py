@@ -92,15 +92,18 @@ def spread(front_rows: Sequence[TrialRow], count: int) -> list[TrialRow]:
 def finalist(students: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the summaries of a finalist's seeds say, beside those of its CE-only controls in the same order of seeds.
 
-    A finalist whose own loss is ``ce`` has no controls: it is its own.
+    A finalist whose own loss is ``ce`` has no controls: it is its own. Where the test split has no labels, the
+    agreement with the teacher takes the place of the accuracy.
     """
-    ours = [float(summary["accuracy"]) for summary in students]
+    measure = "accuracy" if all(summary["accuracy"] is not None for summary in students) else "agreement"
+    ours = [float(summary[measure]) for summary in students]
     entry: dict[str, Any] = {
-        "test_accuracy": evidence.mean_std(ours), "latency_ms": fmean(float(s["latency_ms"]) for s in students),
+        "test_accuracy": None, f"test_{measure}": evidence.mean_std(ours),
+        "latency_ms": fmean(float(s["latency_ms"]) for s in students),
         "latency_of": students[0]["latency_of"], "bytes": students[0]["bytes"], "control": None, "difference": None,
     }  # fmt: skip
     if controls:
-        theirs = [float(summary["accuracy"]) for summary in controls]
+        theirs = [float(summary[measure]) for summary in controls]
         entry |= {"control": evidence.mean_std(theirs), "difference": evidence.paired_difference(ours, theirs)}
     return entry
 
@@ -120,7 +123,7 @@ def pareto(front_rows: Sequence[TrialRow], finalists: Mapping[int, Mapping[str, 
     latency = [
         {
             "trial": p["trial"], "latency_ms": p["latency_ms"], "validation_accuracy": p["validation_accuracy"],
-            "test_accuracy": p["test_accuracy"]["mean"], "on_front": index in on_front,
+            "test_accuracy": p["test_accuracy"]["mean"] if p["test_accuracy"] else None, "on_front": index in on_front,
         }
         for index, p in enumerate(measured)
     ]  # fmt: skip

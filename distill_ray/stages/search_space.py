@@ -9,15 +9,16 @@ import copy
 import difflib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, SpaceEntry, StudentConfig, TuneConfig, to_dict
+from distill_ray.config import Config, SpaceEntry, StudentConfig, TuneConfig, keys_of, to_dict
 from distill_ray.errors import UserError
-from distill_ray.stages import student
+from distill_ray.stages import opening, student
 from distill_ray.storage import Folder
 
 METRIC = "validation_accuracy"  # the one objective: sizes are functions of the config, the front is computed after
@@ -59,7 +60,7 @@ def check(base: StudentConfig, tune: TuneConfig) -> None:
     """
     known = sorted(student_keys(base, tune.space))
     for key in tune.space:
-        if key not in known:
+        if key not in known and ".kwargs." not in key:  # those are the network's own
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"tune.space: {key!r} is no key of the student that can be searched; {hint}")
@@ -81,8 +82,9 @@ def _keys_below(key: str, field: FieldInfo, value: Any, searched: Collection[str
         return
     any_kind = key in searched or f"{key}.name" in searched
     for kind in _kinds(field) if any_kind else (type(value),):
-        for name, inner in kind.model_fields.items():
-            yield from _keys_below(f"{key}.{name}", inner, getattr(value, name, None), searched)
+        for written, inner in keys_of(kind).items():
+            name = next(name for name, one in kind.model_fields.items() if one is inner)
+            yield from _keys_below(f"{key}.{written}", inner, getattr(value, name, None), searched)
 
 
 def _kinds(field: FieldInfo) -> tuple[type[BaseModel], ...]:
@@ -136,7 +138,7 @@ def _of_its_kind(kinds: tuple[type[BaseModel], ...], section: dict[str, Any]) ->
     chosen = next((kind for kind in kinds if section.get("name") in _tags(kind)), None)
     if chosen is None:
         return section
-    foreign = {key for kind in kinds for key in kind.model_fields} - set(chosen.model_fields)
+    foreign = {key for kind in kinds for key in keys_of(kind)} - set(keys_of(chosen))
     return {key: value for key, value in section.items() if key not in foreign}
 
 
@@ -152,6 +154,7 @@ def plan(inputs: Inputs, values: Mapping[str, Any]) -> Trial:
     try:
         sampled = lay_over(base, values).model_copy(update={"seeds": base.seeds[:1]})
         config = inputs.config.model_copy(update={"student": sampled})
+        student.check_loss(sampled.loss, _has_labels(inputs.data))
         parameters = _parameters(inputs.data, sampled)
     except (ValueError, UserError) as error:
         return Trial(values, "invalid", str(error))
@@ -169,12 +172,18 @@ def _has(raw: Any, key: str) -> bool:
 
 
 def _parameters(data: Stage, sampled: StudentConfig) -> int:
-    import torch
-
     from distill_ray.models.classifier import count_parameters
     from distill_ray.stages import model_folder
     from distill_ray.store import open_store
 
-    with torch.device("meta"):  # shapes only: a candidate far above the limit costs no memory
-        model = model_folder.model_spec(open_store(data.folder).data_manifest, sampled.model).build(key="model")
-    return count_parameters(model)
+    # Shapes only: a candidate far above the limit costs no memory.
+    spec = model_folder.model_spec(open_store(data.folder).data_manifest, sampled.model)
+    return count_parameters(spec.build_on_meta(key="model"))
+
+
+@lru_cache(maxsize=4)
+def _has_labels(data: Stage) -> bool:
+    """Whether the train split has hard labels: looked up once a process, not once a trial."""
+    from distill_ray.store import open_store
+
+    return opening.has_labels(open_store(data.folder), "train")

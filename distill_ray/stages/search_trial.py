@@ -118,7 +118,7 @@ def _report(epoch: int, accuracy: float, reason: str | None = None) -> None:
 
 
 def _best(history: Sequence[Mapping[str, float]]) -> float:
-    return max((row["validation_accuracy"] for row in history), default=0.0)
+    return max((artifacts.score(row) for row in history), default=0.0)
 
 
 def _history(target: Stage) -> artifacts.History:

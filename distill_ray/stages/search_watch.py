@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distill_ray.artifacts import is_over
+from distill_ray.artifacts import is_over, score
 from distill_ray.config import to_dict
 from distill_ray.stages import progress, search_space
 from distill_ray.stages.context import Context, tracking_id
@@ -98,7 +98,7 @@ def _row(number: int, trial: Trial, failed: Mapping[str, str | None]) -> TrialRo
     reason = "stopped by the scheduler: others were better after as many epochs" if status == "stopped" else None
     if status == "stopped" and trial.stage.digest in failed:
         status, reason = "failed", failed[trial.stage.digest]
-    accuracy = max((row["validation_accuracy"] for row in history), default=None)
+    accuracy = max((score(row) for row in history), default=None)
     seconds = sum(row["train_seconds"] + row["validation_seconds"] for row in history)
     folder = str(trial.stage.folder)
     return TrialRow(

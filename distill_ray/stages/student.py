@@ -17,8 +17,9 @@ from pydantic import TypeAdapter
 from distill_ray import artifacts, placing, profiling, runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, KdLoss, LossConfig, digest_payload, from_dict, to_dict
+from distill_ray.errors import UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import label, opening, prepare, progress
+from distill_ray.stages import label, opening, prepare, progress, teacher
 from distill_ray.stages.context import Context, Outcome, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
@@ -48,28 +49,53 @@ class Student:
 def run(context: Context) -> list[Student]:
     """The finished students of the config and their CE-only controls, seed by seed."""
     data, labels = prepare.run(context), label.run(context)
-    wanted = students_of(context.config, context.out, data, labels)
+    labelled = opening.has_labels(opening.data_store(context.config, data), "train")
+    wanted = students_of(context.config, context.out, data, labels, labelled=labelled)
     _make_all(context, data, labels, wanted)
     return wanted
 
 
-def students_of(config: Config, out: Folder, data: Stage, labels: Stage) -> list[Student]:
-    """What the config asks for. A student whose own loss is ``ce`` is its own control."""
+def students_of(config: Config, out: Folder, data: Stage, labels: Stage, *, labelled: bool = True) -> list[Student]:
+    """What the config asks for. A student whose own loss is ``ce`` is its own control; without hard labels in the train
+    split (``labelled``) there can be no control.
+
+    Raises:
+        UserError: the loss learns from hard labels alone, and there are none.
+    """
+    check_loss(config.student.loss, labelled)
     wanted: list[Student] = []
     for seed in config.student.seeds:
         losses: list[tuple[Role, CeLoss | KdLoss]] = [("student", config.student.loss)]
-        if not isinstance(config.student.loss, CeLoss):
+        if labelled and not isinstance(config.student.loss, CeLoss):
             losses.append(("control", CeLoss(name="ce", class_weights=config.student.loss.class_weights)))
         wanted += [Student(role, loss, seed, locate(config, out, data, labels, loss, seed)) for role, loss in losses]
     return wanted
 
 
+def check_loss(loss: CeLoss | KdLoss, labelled: bool) -> None:
+    """Refuse a loss that would have nothing to learn from.
+
+    ``kd`` with alpha below 1 is none: its CE part is a mean over the labelled rows, and 0 where there are none.
+
+    Raises:
+        UserError: names the loss.
+    """
+    if labelled or (isinstance(loss, KdLoss) and loss.alpha > 0):
+        return
+    name = "kd with alpha 0" if isinstance(loss, KdLoss) else loss.name
+    raise UserError(
+        f"student.loss {name}: learns from hard labels alone, and no row of the train split has one: use kd with alpha "
+        "above 0"
+    )
+
+
 def locate(config: Config, out: Folder, data: Stage, labels: Stage, loss: CeLoss | KdLoss, seed: int) -> Stage:
     """The folder of one student, finished or not."""
     section = digest_payload(config.student) | {"loss": digest_payload(loss)}
-    return artifacts.stage(
-        out, "student", {"config": section, "seed": seed, "data": data.digest, "labels": labels.digest}
-    )
+    payload: dict[str, Any] = {"config": section, "seed": seed, "data": data.digest, "labels": labels.digest}
+    if code := teacher.code_of([("student.model", config.student.model)]):
+        payload["code"] = code
+    return artifacts.stage(out, "student", payload)
 
 
 def _make_all(context: Context, data: Stage, labels: Stage, wanted: Sequence[Student]) -> None:
@@ -210,7 +236,7 @@ def _finish_student(job: Mapping[str, Any]) -> None:
         "teacher_digest": labels.label_manifest.teacher_digest,
     }  # fmt: skip
     result = export_best(spec.model, target.folder)
-    model_folder.finish(target.folder, result, data, labels, device, extra)
+    model_folder.finish(target.folder, spec.model, result, data, labels, device, extra)
 
 
 def _unpack(job: Mapping[str, Any]) -> tuple[Config, Stage, Any]:

@@ -1,4 +1,8 @@
-"""teacher: data store -> trained teacher, data-parallel through Ray Train (gloo on CPUs, NCCL on GPUs)."""
+"""teacher: data store -> trained teacher, data-parallel through Ray Train (gloo on CPUs, NCCL on GPUs).
+
+A teacher that is given instead is :mod:`distill_ray.stages.given`'s, one known by its logits alone
+:mod:`distill_ray.stages.import_labels`'s: each makes a teacher folder, too.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,20 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill_ray import artifacts, placing, profiling, runtime
+from distill_ray import artifacts, placing, profiling, runtime, usercode
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, digest_payload, from_dict, to_dict
+from distill_ray.config import Config, ImportedModel, digest_payload, from_dict, to_dict
 from distill_ray.errors import DistillRayError, RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import opening, prepare, progress
+from distill_ray.stages import given, import_labels, opening, prepare, progress
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.storage import Folder
+from distill_ray.store import Store
 
 _FAILURE_FILE, _PROFILE_FILE = "failure.json", "profile.json"
 _POLL_S = 0.3
@@ -31,13 +36,43 @@ def run(context: Context) -> Stage:
     """The finished teacher of the config."""
     data = prepare.run(context)
     target = locate(context.config, context.out, data)
+    make = _make
+    if context.config.labels.from_ is not None:
+        make = import_labels.make_teacher
+    elif context.config.teacher.given:
+        make = given.make
     ahead = "distill_ray.stages.model_folder"
-    return context.once("teacher", target, progress.is_whole, lambda: _make(context, data, target), ahead=ahead)
+    return context.once("teacher", target, progress.is_whole, lambda: make(context, data, target), ahead=ahead)
 
 
 def locate(config: Config, out: Folder, data: Stage) -> Stage:
     """The folder of this config's teacher, finished or not."""
-    return artifacts.stage(out, "teacher", {"config": digest_payload(config.teacher), "data": data.digest})
+    if config.labels.from_ is not None:
+        return import_labels.locate_teacher(config, out, data)
+    teacher = config.teacher
+    payload: dict[str, Any] = {"config": digest_payload(teacher), "data": data.digest}
+    if teacher.given:
+        kept = ("model", "format", "key", "output", "classes", "input", "ensemble", "weights", "average")
+        payload["config"] = {key: value for key, value in payload["config"].items() if key in kept}
+        payload["files"] = given.files(config)
+    sections: list[tuple[str, Any]] = [*given.keyed(config)] or [("teacher", teacher)]
+    if code := code_of((f"{key}.model", section.model) for key, section in sections):
+        payload["code"] = code
+    return artifacts.stage(out, "teacher", payload)
+
+
+def code_of(models: Iterable[tuple[str, Any]]) -> list[str]:
+    """Fingerprints of the code, and of the pretrained weights, that (key, model) pairs name.
+
+    Empty, and then no part of a digest, where they name none.
+    """
+    found = []
+    for key, model in models:
+        if isinstance(model, ImportedModel):
+            found.append(usercode.fingerprint(model.import_, f"{key}.import"))
+        elif (pretrained := getattr(model, "pretrained", None)) is not None:
+            found.append(given.content_sha256(pretrained, f"{key}.pretrained"))
+    return found
 
 
 def _make(context: Context, data: Stage, target: Stage) -> None:
@@ -46,6 +81,7 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
     nodes = context.session.start()
     placement = placing.training(context.config.cluster, nodes)
     source = opening.data_store(context.config, data)
+    _require_labels(source)
     model_folder.check_model("teacher", source.data_manifest, context.config.teacher, placement)
     # The student's now, too, not after hours of the teacher's training.
     alone = placing.student(context.config.cluster, nodes, 1)
@@ -81,6 +117,16 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
     if failure is not None:
         raise failure
     context.tracker.finish(key, target.folder.read_json(target.marker))
+
+
+def _require_labels(data: Store) -> None:
+    """Refuse to train on nothing, or to choose among epochs by nothing."""
+    for split, what in (("train", "learn from"), ("validation", "choose the best epoch by")):
+        if not opening.has_labels(data, split):
+            raise UserError(
+                f"teacher: no row of the {split} split has a label, so there is nothing to {what}: give a teacher "
+                "that is trained already (teacher.checkpoint), or its logits (labels.from)"
+            )
 
 
 def _train(arguments: dict[str, Any], placement: Placement, follower: Any) -> None:
@@ -204,7 +250,7 @@ def _train_in_worker(arguments: dict[str, Any]) -> int:
     ray.train.report(last)  # once: each report waits for the controller's next look at the workers
     if result is not None:
         extra = {"precision": resolved, "workers": worker.world_size, "data_digest": data.data_manifest.digest}
-        model_folder.finish(target.folder, result, data, None, device, extra)
+        model_folder.finish(target.folder, spec.model, result, data, None, device, extra)
     return worker.rank
 
 

@@ -267,8 +267,9 @@ def _finish(
 
 
 def _told(entry: Mapping[str, Any]) -> str:
-    test, control, difference = entry["test_accuracy"], entry["control"], entry["difference"]
-    text = f"test accuracy {test['mean']:.4f} over {len(test['values'])} seed(s), {entry['latency_ms']:.3f} ms"
+    measure = "accuracy" if entry["test_accuracy"] is not None else "agreement"
+    test, control, difference = entry[f"test_{measure}"], entry["control"], entry["difference"]
+    text = f"test {measure} {test['mean']:.4f} over {len(test['values'])} seed(s), {entry['latency_ms']:.3f} ms"
     if control is None:
         return text
     interval = "" if difference["low"] is None else f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"

@@ -271,6 +271,7 @@ class _Twins:
             "teacher_digest": manifest.teacher_digest, "precision": manifest.precision, "accuracy": accuracy,
             "summary_accuracy": said, "same_weights": summary is not None and summary.get("weights_sha256") ==
             manifest.teacher_weights_sha256,
+            "imported": None if summary is None else summary.get("imported", {}).get("from"),
         }  # fmt: skip
 
 

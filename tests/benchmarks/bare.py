@@ -79,11 +79,11 @@ def _work(
     work: Work, share: tuple[int, int], threads: int, batch_sizes: Sequence[int], barrier: Barrier,
     times: Queue[list[tuple[float, float]]],
 ) -> None:  # fmt: skip
-    from distill_ray.models import load_model
+    from distill_ray.models import load_classifier
 
     keep_freed_memory()
     torch.set_num_threads(threads)
-    model = load_model(str(work.teacher))
+    model = load_classifier(str(work.teacher))
     net, contract = model.net.to(_DTYPES[work.precision]), (model.multiplier, model.offset)
     rows = torch.from_numpy(np.load(work.inputs, mmap_mode="r")[slice(*share)].copy())
     logits = torch.empty(len(rows), work.classes, dtype=torch.float16)

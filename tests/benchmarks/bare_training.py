@@ -127,16 +127,16 @@ def _work(
 
 class _Loop:
     def __init__(self, work: Training, rank: int, world_size: int) -> None:
-        from distill_ray.models import load_model
+        from distill_ray.models import load_classifier
 
         self.work, self.rank, self.world_size = work, rank, world_size
         self.format = torch.contiguous_format if work.plain else torch.channels_last
-        model = load_model(str(work.model)).to(memory_format=self.format)  # type: ignore[call-overload]
+        model = load_classifier(str(work.model)).to(memory_format=self.format)  # type: ignore[call-overload]
         self.net, self.multiplier, self.offset = model.net.train(), model.multiplier, model.offset
         self.model: nn.Module = DistributedDataParallel(self.net) if world_size > 1 else self.net
         self.inputs, self.labels = _tensor(work.inputs), _tensor(work.labels)
         self.logits = None if work.logits is None else _tensor(work.logits)
-        self.teacher = None if work.teacher is None else load_model(str(work.teacher)).net.eval().float()
+        self.teacher: nn.Module | None = None if work.teacher is None else load_classifier(str(work.teacher)).net.eval()
         if self.teacher is not None:
             self.teacher = self.teacher.to(memory_format=self.format)  # type: ignore[call-overload]
         self.rows = torch.arange(work.rows)

@@ -1,0 +1,206 @@
+"""Logits from files: every row in its place, by the user's ids; what does not cover the data is refused with counts."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from distill_ray import config as configs
+from distill_ray.errors import UserError
+from distill_ray.sources import info_of, open_source
+from distill_ray.stages import import_labels, label, prepare, teacher
+from distill_ray.stages.context import Context
+from distill_ray.storage import Folder
+from distill_ray.store import Store, open_store
+from distill_ray.store.verify import verify
+from tests.report_fixtures import context_of
+from tests.unlabelled import write_data
+
+CLASSES = 62
+RAW: dict[str, Any] = {
+    "name": "r", "data": {"source": "glyph62", "rows": 310, "shard_rows": 100}, "student": {"model": {"name": "mlp"}},
+    "tracking": {"wandb": {"mode": "disabled"}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+def context(out: Path, **labels: Any) -> Context:
+    made = context_of(out, configs.from_dict(RAW | {"labels": labels}))
+    made.announce_ray = lambda ahead=None: None  # type: ignore[method-assign]  # nothing here needs Ray
+    return made
+
+
+@pytest.fixture
+def data(out: Path) -> Store:
+    return write_data(configs.from_dict(RAW | {"labels": {"from": "/x.npy"}}), out, lambda split, ids: ids >= 0)
+
+
+def ids_of(data: Store) -> list[str]:
+    return [name for record in data.manifest.shards for name in data.batch(record).column("source_id").to_pylist()]
+
+
+def values(seed: int = 0, rows: int = 310) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(0, 3, (rows, CLASSES)).astype(np.float32)
+
+
+def parquet(path: Path, names: Any, logits: npt.NDArray[np.float32], by: str = "source_id", **columns: Any) -> Path:
+    column = pa.FixedSizeListArray.from_arrays(pa.array(logits.reshape(-1)), logits.shape[1])
+    pq.write_table(pa.table({by: names, "logits": column, **columns}), path, row_group_size=64)
+    return path
+
+
+def stored(context: Context) -> npt.NDArray[np.float32]:
+    """Run both stages; the logits of all rows by row id."""
+    labels = open_store(label.run(context).folder)
+    assert verify(labels.folder, context.reporter)["rows"] == 310
+    found = [labels.label_shard(record).logits.astype(np.float32) for record in labels.manifest.shards]
+    return np.concatenate(found)
+
+
+def same(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> bool:
+    shifted = expected - expected.max(axis=1, keepdims=True)
+    return np.allclose(found, shifted, rtol=2**-10, atol=1e-3)
+
+
+def test_parquet_in_any_order_by_the_users_ids(out: Path, data: Store, tmp_path: Path) -> None:
+    names, logits = ids_of(data), values()
+    order = np.random.default_rng(1).permutation(310)
+    path = parquet(tmp_path / "l.parquet", [names[i] for i in order], logits[order], note=["x"] * 310)
+    made = context(out, **{"from": str(path)})
+    assert same(stored(made), logits)
+    summary = teacher.locate(made.config, made.out, prepare.run(made)).finished()
+    assert summary is not None
+    labels = np.concatenate([data.data_shard(record).labels for record in data.manifest.shards])
+    assert summary["measured"]["accuracy"] == pytest.approx((logits.argmax(axis=1) == labels).mean())
+    assert summary["imported"]["from"] == str(path)
+    assert {o.status for o in made.outcomes.values()} == {"reused", "ran"}
+    again = context(out, **{"from": str(path)})
+    label.run(again)
+    assert {o.status for o in again.outcomes.values()} == {"reused"}
+
+
+def test_the_forms_that_a_file_may_have(out: Path, data: Store, tmp_path: Path) -> None:
+    names, logits = ids_of(data), values()
+    classes = data.manifest.class_names
+    scalars = pa.table({"source_id": names} | {classes[c]: logits[:, c] for c in reversed(range(CLASSES))})
+    pq.write_table(scalars, tmp_path / "scalars.parquet")
+    lists = pa.table({"source_id": names, "scores": [list(map(float, row)) for row in logits]})
+    (tmp_path / "parts").mkdir()
+    pq.write_table(lists.slice(0, 200), tmp_path / "parts" / "0.parquet")
+    pq.write_table(lists.slice(200), tmp_path / "parts" / "1.parquet")
+    parquet(tmp_path / "rows.parquet", np.arange(310)[::-1], logits[::-1].copy(), by="row_id")
+    np.save(tmp_path / "n.npy", logits[::-1])
+    np.save(tmp_path / "ids.npy", np.array(names[::-1]))
+    np.save(tmp_path / "by_row.npy", logits)
+    for number, labels in enumerate(
+        [
+            {"from": str(tmp_path / "scalars.parquet")}, {"from": str(tmp_path / "parts")},
+            {"from": str(tmp_path / "rows.parquet"), "by": "row_id"},
+            {"from": str(tmp_path / "n.npy"), "ids": str(tmp_path / "ids.npy")},
+            {"from": str(tmp_path / "by_row.npy"), "by": "row_id"},
+        ]
+    ):  # fmt: skip
+        assert same(stored(context(out, **labels)), logits), number
+
+
+def test_a_npy_without_ids_is_in_the_order_of_the_sources_rows(out: Path, data: Store, tmp_path: Path) -> None:
+    """Glyph62 numbers its rows through; the prepared store permutes them, this fixture's does not."""
+    made = context(out, **{"from": str(tmp_path / "n.npy")})
+    plans = prepare._plan(made.config, info_of(open_source(made.config.data)))
+    numbers = np.concatenate([plan.payload["indices"] for plan in plans])
+    logits = values()
+    np.save(tmp_path / "n.npy", logits)
+    assert same(stored(made), logits[numbers])
+
+
+def test_probabilities_are_recognised(out: Path, data: Store, tmp_path: Path) -> None:
+    logits = values()
+    soft = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    path = parquet(tmp_path / "p.parquet", ids_of(data), soft.astype(np.float32))
+    assert same(stored(context(out, **{"from": str(path)})), logits)
+    soft[300] *= 2
+    path = parquet(tmp_path / "q.parquet", ids_of(data), soft.astype(np.float32))
+    told = f"{ids_of(data)[300]}' has no probabilities .they sum to 2.: set labels.output"
+    with pytest.raises(UserError, match=told):
+        stored(context(out, **{"from": str(path)}))
+
+
+@contextmanager
+def refused(out: Path, told: str) -> Any:
+    with pytest.raises(UserError, match=told) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert not list(out.glob("artifacts/labels-*/manifest.json"))
+
+
+def test_partial_coverage_is_refused_with_counts_and_the_first_of_each(out: Path, data: Store, tmp_path: Path) -> None:
+    names = ids_of(data)
+    given = [*names[3:], names[7], names[9], "nobody/1", "nobody/2", "nobody/3"]
+    path = parquet(tmp_path / "l.parquet", given, values(rows=len(given)))
+    told = (
+        rf"is not one row of logits for each row of the data: 3 of 310 rows missing \(the first: '{names[0]}'\), "
+        rf"2 double \(the first: '{names[7]}'\), 3 unknown \(the first: 'nobody/1'\)"
+    )
+    with refused(out, told):
+        stored(context(out, **{"from": str(path)}))
+
+
+def test_what_is_no_logit_is_refused(out: Path, data: Store, tmp_path: Path) -> None:
+    names, logits = ids_of(data), values()
+    logits[12, 5] = np.inf
+    path = parquet(tmp_path / "l.parquet", names, logits)
+    with refused(out, rf"'{names[12]}' has a number that is not finite"):
+        stored(context(out, **{"from": str(path)}))
+    path.write_bytes(path.read_bytes()[:-30])
+    with refused(out, "l.parquet: is no whole Parquet file"):
+        stored(context(out, **{"from": str(path)}))
+    parquet(path, names, values()[:, :7])
+    with refused(out, "row 0 has 7 numbers, the data has 62 classes"):
+        stored(context(out, **{"from": str(path)}))
+    parquet(path, names, values(), by="id")
+    with refused(out, "has no column 'source_id', only id, logits"):
+        stored(context(out, **{"from": str(path)}))
+    pq.write_table(pa.table({"source_id": names, "a": values()[:, 0], "b": values()[:, 1]}), path)
+    with refused(out, r"has 2 columns of floats \(a, b\), the data has 62 classes"):
+        stored(context(out, **{"from": str(path)}))
+    np.save(tmp_path / "n.npy", values()[:, :9])
+    with refused(out, "n.npy: has 9 numbers a row, the data has 62 classes"):
+        stored(context(out, **{"from": str(tmp_path / "n.npy")}))
+    (tmp_path / "n.npy").write_bytes((tmp_path / "n.npy").read_bytes()[:-5])
+    with refused(out, "n.npy: is no whole .npy array of numbers or text"):
+        stored(context(out, **{"from": str(tmp_path / "n.npy")}))
+    np.save(tmp_path / "o.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with refused(out, "o.npy: is no whole .npy array of numbers or text"):
+        stored(context(out, **{"from": str(tmp_path / "o.npy")}))
+    np.save(tmp_path / "m.npy", values(rows=300))
+    with refused(out, "10 of 310 rows missing"):
+        stored(context(out, **{"from": str(tmp_path / "m.npy")}))
+
+
+def test_a_file_that_changes_between_measuring_and_writing_is_refused(out: Path, data: Store, tmp_path: Path) -> None:
+    made = context(out, **{"from": str(tmp_path / "n.npy"), "by": "row_id"})
+    np.save(tmp_path / "n.npy", values())
+    store, model = prepare.run(made), teacher.run(made)
+    target = label.locate(made.config, made.out, store, model)
+    np.save(tmp_path / "n.npy", values(seed=1))
+    with refused(out, "n.npy: changed while it was read"):
+        import_labels.make(made, store, model, target)
+
+
+def test_the_config_says_one_place_that_logits_come_from(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"labels.from and teacher: the logits come from one of them"):
+        configs.from_dict(RAW | {"labels": {"from": "/x.npy"}, "teacher": {"model": {"name": "mlp"}}})
+    with pytest.raises(UserError, match=r"labels: ids, by and output describe labels that are read from a file"):
+        configs.from_dict(RAW | {"labels": {"ids": "/x.npy"}, "teacher": {"model": {"name": "mlp"}}})
+    assert Folder.at(tmp_path).names() == []

@@ -1,0 +1,165 @@
+"""Networks by import path: found, fingerprinted without running anything, loaded only with permission."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import distill_ray
+from distill_ray import config as configs
+from distill_ray import usercode
+from distill_ray.config import ImportedModel, InputConfig, MlpModel, TrainConfig
+from distill_ray.errors import UserError
+from distill_ray.footprint import step_bytes
+from distill_ray.models import ModelSpec, save_model
+from distill_ray.models.classifier import check_output
+from distill_ray.storage import Folder
+from tests.own_code import write_package
+
+SHAPE, CLASSES = (1, 4, 4), 3
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's folder as the current one; what was imported from it is forgotten afterwards."""
+    monkeypatch.chdir(write_package(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_pkg"]:
+        del sys.modules[name]
+
+
+def model(path: str = "my_pkg.nets:flat", **kwargs: object) -> ImportedModel:
+    sizes = {"width": 5, "classes": CLASSES, "pixels": 16}
+    return ImportedModel.model_validate({"import": path, "kwargs": kwargs if kwargs else sizes})
+
+
+def spec_of(of: ImportedModel) -> ModelSpec:
+    return ModelSpec(
+        model=of, input=InputConfig(), shape=SHAPE, dtype="uint8", classes=CLASSES, class_names=tuple("abc")
+    )
+
+
+def checked(of: ImportedModel) -> None:
+    spec = spec_of(of)
+    check_output(spec.build(key="student.model"), spec.shape, spec.dtype, spec.classes, "student.model")
+
+
+def test_a_network_by_import_path_takes_raw_rows_by_the_contract(here: Path) -> None:
+    torch.manual_seed(0)
+    classifier = spec_of(model()).build()
+    raw = torch.randint(0, 256, (6, *SHAPE), dtype=torch.uint8)
+    net = classifier.net
+    assert isinstance(net, nn.Sequential)
+    assert torch.allclose(classifier(raw), net((raw.float() / 255 - 0.5) / 0.5), atol=1e-6)
+    checked(model())
+
+
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        (("my_pkg.nets:flat", {"classes": 7, "pixels": 16}), r"returns \[rows, 7\], expected logits \[rows, 3\]"),
+        (("my_pkg.nets:flat", {"classes": 3, "pixels": 9}), r"it fails on rows of shape \[1, 4, 4\]: Runtime"),
+        (("my_pkg.nets:flat", {"wdith": 3}), r"flat: making it fails: TypeError: .*wdith"),
+        (("my_pkg.nets:no_module", None), "no_module: returned list, not an nn.Module"),
+        (("my_pkg.nets:fails", None), "fails: making it fails: RuntimeError: no such layer"),
+        (("my_pkg.nets:CONSTANT", None), "is a int, not a callable"),
+        (("my_pkg.nets:flt", None), "my_pkg.nets has no 'flt'"),
+        (("my_pkg.nots:flat", None), "there is no module my_pkg.nots, neither in the folder"),
+        (("no_such_pkg:flat", None), "there is no module no_such_pkg, neither in the folder"),
+        (("my_pkg.broken:flat", None), "importing it fails: No module named 'a_package_that_is_not_there'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_network_is_one_line(here: Path, of: tuple[str, dict[str, object] | None], told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        checked(ImportedModel.model_validate({"import": of[0], "kwargs": of[1] or {}}))
+    assert "\n" not in str(caught.value)
+
+
+def test_two_answers_are_no_logits(here: Path) -> None:
+    with pytest.raises(UserError, match=r"student.model: returns tuple, expected a tensor of logits \[rows, 3\]"):
+        checked(ImportedModel.model_validate({"import": "my_pkg.nets:two_answers"}))
+
+
+def test_the_fingerprint_covers_what_is_imported_and_runs_nothing(here: Path) -> None:
+    before = usercode.fingerprint("my_pkg.nets:flat", "student.model.import")
+    assert usercode.fingerprint("my_pkg.nets:serving", "student.model.import") == before  # the same source
+    assert "my_pkg" not in sys.modules
+    assert set(usercode.local_files("my_pkg.nets")) == {"my_pkg", "my_pkg.nets", "my_pkg.layers"}
+    (here / "aside.py").write_text("VALUE = 2\n")
+    (here / "my_pkg" / "broken.py").write_text("import torch\n")
+    assert usercode.fingerprint("my_pkg.nets:flat", "student.model.import") == before
+    layers = here / "my_pkg" / "layers.py"
+    layers.write_text(layers.read_text() + "# another comment\n")
+    assert usercode.fingerprint("my_pkg.nets:flat", "student.model.import") != before
+    with pytest.raises(UserError, match=r"student.model.import my_pkg.gone:x: there is no module my_pkg.gone"):
+        usercode.fingerprint("my_pkg.gone:x", "student.model.import")
+
+
+def test_relative_imports_are_followed(here: Path) -> None:
+    (here / "my_pkg" / "relative.py").write_text("from . import layers\nfrom .nets import flat\n")
+    assert {"my_pkg.layers", "my_pkg.nets"} <= set(usercode.local_files("my_pkg.relative"))
+
+
+def test_an_installed_package_counts_as_a_whole(here: Path) -> None:
+    assert usercode.fingerprint("torchmetrics:Metric", "k") == usercode.fingerprint("torchmetrics.metric:Metric", "k")
+    assert usercode.local_files("torchmetrics.metric") == {}
+
+
+def test_load_model_runs_code_only_with_permission(here: Path, tmp_path: Path) -> None:
+    spec = spec_of(model())
+    trained = spec.build().eval()
+    folder = Folder.at(tmp_path / "model")
+    save_model(folder, spec, trained.net.state_dict())
+    assert '"import": "my_pkg.nets:flat"' in folder.read_bytes("model.json").decode()
+    with pytest.raises(UserError, match=r"names code that would run here, my_pkg.nets:flat: .*allow_import=True"):
+        distill_ray.load_model(str(folder))
+    loaded = distill_ray.load_model(str(folder), allow_import=True)
+    raw = torch.randint(0, 256, (4, *SHAPE), dtype=torch.uint8)
+    assert torch.equal(loaded(raw), trained(raw))
+
+
+def test_its_memory_is_counted_too(here: Path) -> None:
+    ours = ModelSpec(
+        model=MlpModel(name="mlp", hidden=(5,)), input=InputConfig(), shape=SHAPE, dtype="uint8", classes=CLASSES,
+        class_names=tuple("abc"),
+    )  # fmt: skip
+    train = TrainConfig(batch_size=64, precision="fp32")
+    assert step_bytes(spec_of(model()), train, 64, 1) == step_bytes(ours, train, 64, 1)
+
+
+CONFIG = {
+    "name": "x",
+    "data": {"source": "glyph62"},
+    "teacher": {"model": {"name": "mlp"}},
+    "student": {"model": {"import": "my_pkg.nets:flat", "kwargs": {"deep": True}}},
+}
+
+
+def test_a_config_that_names_code_needs_permission(tmp_path: Path) -> None:
+    config = configs.from_dict(CONFIG)
+    with pytest.raises(UserError, match=r"student.model.import: my_pkg.nets:flat is code .*--allow-import"):
+        configs.refuse_imports(config)
+    assert configs.from_dict(configs.to_dict(config)) == config
+    plain = CONFIG | {"student": {"model": {"name": "mlp"}}}
+    configs.refuse_imports(configs.from_dict(plain))
+    for space in (
+        {"model": {"choice": [{"name": "mlp"}, {"import": "my_pkg.nets:flat"}]}},
+        {"model.import": {"choice": ["my_pkg.nets:flat"]}},
+    ):
+        with pytest.raises(UserError, match=r"tune.space.*my_pkg.nets:flat.* is code"):
+            configs.refuse_imports(configs.from_dict(plain | {"tune": {"space": space}}))
+    given = {"ensemble": [{"checkpoint": "/a.pt", "model": {"import": "my_pkg.nets:flat"}}]}
+    with pytest.raises(UserError, match=r"teacher.ensemble\[0\].model.import"):
+        configs.refuse_imports(configs.from_dict(plain | {"teacher": given}))
+
+
+@pytest.mark.parametrize("path", ["my_pkg.nets", "my_pkg/nets.py:flat", ":flat", "my_pkg.nets:"])
+def test_what_is_no_import_path_is_refused_by_the_config(path: str) -> None:
+    with pytest.raises(UserError, match=r"student.model.import"):
+        configs.from_dict(CONFIG | {"student": {"model": {"import": path}}})
