@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distill_ray.models import load_model
+    from distill_ray.stages.pipeline import run
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model"]
+__all__ = ["__version__", "load_model", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from distill_ray.models import load_model
 
         return load_model
+    if name == "run":
+        from distill_ray.stages.pipeline import run
+
+        return run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,12 +7,10 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -89,8 +87,13 @@ def _carry_out(
     allow_import: bool,
     work: Callable[[Context], dict[str, Any]],
 ) -> None:
+    from distill_ray.stages.entry import opened
+
     try:
-        with _context(config, overrides, options, allow_import) as context:
+        with opened(
+            config, overrides, out=options.out, quiet=options.quiet, allow_import=allow_import, debug=options.debug,
+            in_command=True,
+        ) as context:  # fmt: skip
             answer = work(context)
             over = time.perf_counter()
     except KeyboardInterrupt:
@@ -102,42 +105,10 @@ def _carry_out(
     _show(answer, options)
 
 
-@contextmanager
-def _context(path: Path, overrides: list[str], options: _Options, allow_import: bool) -> Iterator[Context]:
-    from distill_ray import config as configs
-    from distill_ray.console import Reporter
-    from distill_ray.runtime import Session
-    from distill_ray.stages.context import Context
-    from distill_ray.stages.given import check_present
-    from distill_ray.storage import Folder, check_writable
-    from distill_ray.tracking import Tracker, closing
-
-    config = configs.load(path, overrides)
-    if not allow_import:
-        configs.refuse_imports(config)
-    if not options.out.strip():
-        raise UserError("--out: is empty: name a folder")
-    out = Folder.at(options.out)
-    check_writable(out)
-    check_present(config)
-    reporter = Reporter(quiet=options.quiet)
-    session = Session(config, out, debug=options.debug)
-    run_folder = out / config.name
-    directory = run_folder.path if run_folder.is_local else Path(tempfile.gettempdir()) / "distill-ray-wandb"
-    tracker = Tracker(config.tracking.wandb, config.name, directory, reporter.warn)
-    try:
-        with closing(tracker):
-            yield Context(config, out, reporter, session, tracker)
-    finally:
-        session.close()
-
-
 def _run(context: Context) -> dict[str, Any]:
-    from distill_ray.stages import report, results
+    from distill_ray.stages import pipeline
 
-    summary = results.write(context)
-    report.write_report(context, summary)
-    return summary | {"table": f"{context.config.name}: test split"}
+    return pipeline.run(context) | {"table": f"{context.config.name}: test split"}
 
 
 def _stage(name: str) -> Callable[[Context], dict[str, Any]]:

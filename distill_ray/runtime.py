@@ -34,8 +34,9 @@ _NODE_CHECK_TIMEOUT_S = 60.0  # a task on every node: a worker process to start,
 class Session:
     """One Ray session for all stages of a run, started by the first stage that needs it."""
 
-    def __init__(self, config: Config, out: Folder, *, debug: bool = False) -> None:
-        self._config, self._out, self._debug = config, out, debug
+    def __init__(self, config: Config, out: Folder, *, debug: bool = False, in_command: bool = False) -> None:
+        self._config, self._out, self._debug, self._in_command = config, out, debug, in_command
+        self._ours = False  # whether Ray is ours to leave
         self._nodes: list[Node] | None = None
         self._staged: tempfile.TemporaryDirectory[str] | None = None
 
@@ -47,13 +48,16 @@ class Session:
                 does not see ``--out`` or the source.
         """
         if self._nodes is None:
-            if not self._debug:
+            if self._in_command and not self._debug:
                 _silence_native_stderr()
-            if self.address != "local":
-                _check_answers(self.address)
-            self._init()
+            if not _import_ray().is_initialized():  # a notebook may have its own
+                if self.address != "local":
+                    _check_answers(self.address)
+                self._ours = True
+                self._init()
             self._nodes = _live_nodes()
-            _watch_head()
+            if self._in_command:
+                _watch_head()
             placing.preflight(self._config, self._nodes)
             check_every_node(self._out, self._source_path())
             check_cuda(placing.independent(self._config.cluster, self._nodes, 1).gpus)
@@ -126,9 +130,10 @@ class Session:
         return max(1, int(sum(node.cpus for node in self._nodes or ())))
 
     def close(self) -> None:
-        """Leave the cluster, ending a private one."""
-        if "ray" in sys.modules:
-            self._nodes = None
+        """Leave the cluster, ending a private one; one that was there before the session stays."""
+        self._nodes = None
+        if self._ours:
+            self._ours = False
             _shutdown()
 
     def describe(self) -> str:

@@ -21,7 +21,7 @@ from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE, score
 from distill_ray.config import imports_of, to_dict
 from distill_ray.errors import RunError
 from distill_ray.models import Classifier, ModelSpec, load_classifier
-from distill_ray.stages import opening, prepare, results, student
+from distill_ray.stages import entry, opening, prepare, results, student
 from distill_ray.stages.context import Context
 from distill_ray.stages.student import Student
 from distill_ray.storage import Folder
@@ -33,6 +33,7 @@ MAX_LOGIT_DIFFERENCE = 1e-4
 _CHECK_ROWS = 256
 
 
+@entry.Stage
 def run(context: Context) -> dict[str, Any]:
     """Export the run's best student, after every stage that it needs; returns where it is and what it holds.
 

@@ -12,7 +12,7 @@ from distill_ray.artifacts import Stage
 from distill_ray.config import Config, digest_payload, imports_of, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import import_labels, opening, prepare, teacher
+from distill_ray.stages import entry, import_labels, opening, prepare, teacher
 from distill_ray.stages.context import Context, config_section, recorded, tracking_id, write_stage_config
 from distill_ray.stages.shard_job import ShardPlan, Written, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
@@ -22,6 +22,7 @@ from distill_ray.store import manifest as manifests
 _CHECK_ROWS = 512  # of the first shard, run in fp32 beside the resolved precision
 
 
+@entry.Stage
 def run(context: Context) -> Stage:
     """The finished label store of the config."""
     data = prepare.run(context)

@@ -15,7 +15,7 @@ from distill_ray.console import Reporter
 from distill_ray.errors import RunError, UserError
 from distill_ray.sources import SPLITS, AnySource, ParquetSource, SourceInfo, open_cached, open_source
 from distill_ray.sources.annotations import class_counts
-from distill_ray.stages import contract, opening, streaming
+from distill_ray.stages import contract, entry, opening, streaming
 from distill_ray.stages.context import Context
 from distill_ray.stages.shard_job import ShardPlan, Written, commit, keep_finished, run_shards, sweep_orphans
 from distill_ray.storage import Folder
@@ -25,6 +25,7 @@ from distill_ray.store import manifest as manifests
 _LISTED_CLASSES = 20
 
 
+@entry.Stage
 def run(context: Context) -> Stage:
     """The finished data store of the config."""
     target = locate(context.config, context.out)

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from distill_ray import evidence
 from distill_ray.config import to_dict, to_yaml
-from distill_ray.stages import charts, progress, results
+from distill_ray.stages import charts, entry, progress, results
 from distill_ray.stages.charts import Curve
 from distill_ray.stages.context import Context
 from distill_ray.storage import Folder
@@ -39,6 +39,7 @@ class Pair:
         return self.student - self.control
 
 
+@entry.Stage
 def run(context: Context) -> dict[str, Any]:
     """Make every stage that the report shows, then write it; returns where it is."""
     return {"report": write_report(context, results.write(context))}

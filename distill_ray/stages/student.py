@@ -19,7 +19,7 @@ from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, KdLoss, LossConfig, digest_payload, from_dict, to_dict
 from distill_ray.errors import UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import label, opening, prepare, progress, teacher
+from distill_ray.stages import entry, label, opening, prepare, progress, teacher
 from distill_ray.stages.context import Context, Outcome, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 
@@ -46,6 +46,7 @@ class Student:
         return f"{'control' if self.role == 'control' else 'student'} ce, seed {self.seed}"
 
 
+@entry.Stage
 def run(context: Context) -> list[Student]:
     """The finished students of the config and their CE-only controls, seed by seed."""
     data, labels = prepare.run(context), label.run(context)

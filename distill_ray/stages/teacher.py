@@ -20,7 +20,7 @@ from distill_ray.artifacts import Stage
 from distill_ray.config import Config, ImportedModel, digest_payload, from_dict, to_dict
 from distill_ray.errors import DistillRayError, RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import given, import_labels, opening, prepare, progress
+from distill_ray.stages import entry, given, import_labels, opening, prepare, progress
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.storage import Folder
 from distill_ray.store import Store
@@ -32,6 +32,7 @@ _MAX_START_FAILURES = 10  # a group gets a minute to start; Ray's own default is
 _MAX_RESTARTS = 3  # of the worker group, after a lost worker or node; each continues from the last epoch
 
 
+@entry.Stage
 def run(context: Context) -> Stage:
     """The finished teacher of the config."""
     data = prepare.run(context)

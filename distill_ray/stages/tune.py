@@ -25,7 +25,7 @@ from distill_ray.artifacts import SUMMARY_FILE, Stage
 from distill_ray.config import Config, TuneConfig, digest_payload
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import label, prepare, search_results, search_space, search_trial, search_watch, student
+from distill_ray.stages import entry, label, prepare, search_results, search_space, search_trial, search_watch, student
 from distill_ray.stages.context import Context
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
@@ -42,6 +42,7 @@ _MAX_RETRIES = 2  # of a trial whose process or node died; it continues from its
 _ASHA_FIRST_RUNG, _ASHA_REDUCTION = 4, 2
 
 
+@entry.Stage
 def run(context: Context) -> dict[str, Any]:
     """Make the search where it is not finished; returns its summary and front.
 
@@ -172,16 +173,16 @@ def _param_space(tune: TuneConfig) -> dict[str, Any]:
     from ray import tune as ray_tune
 
     domains: dict[str, Any] = {}
-    for key, entry in sorted(tune.space.items()):
-        if entry.options:
-            numbers = list(range(len(entry.options)))
+    for key, dimension in sorted(tune.space.items()):
+        if dimension.options:
+            numbers = list(range(len(dimension.options)))
             domains[key] = ray_tune.grid_search(numbers) if tune.search == "grid" else ray_tune.choice(numbers)
-        elif entry.loguniform:
-            domains[key] = ray_tune.loguniform(*entry.loguniform)
-        elif entry.quniform:
-            domains[key] = ray_tune.quniform(*entry.quniform)
-        elif entry.uniform:
-            domains[key] = ray_tune.uniform(*entry.uniform)
+        elif dimension.loguniform:
+            domains[key] = ray_tune.loguniform(*dimension.loguniform)
+        elif dimension.quniform:
+            domains[key] = ray_tune.quniform(*dimension.quniform)
+        elif dimension.uniform:
+            domains[key] = ray_tune.uniform(*dimension.uniform)
     return domains
 
 

@@ -15,6 +15,8 @@ from distill_ray.store.reader import (
     read_split,
 )
 
+open = open_store  # distill_ray.store.open(folder): the name that people who import the module will look for
+
 __all__ = [
     "DataManifest",
     "LabelManifest",
@@ -25,6 +27,7 @@ __all__ = [
     "StoredSplit",
     "check_identity",
     "check_twins",
+    "open",
     "open_store",
     "read_shards",
     "read_split",
