@@ -34,9 +34,15 @@ class LogitBatch:
 
 
 def fingerprint(location: str) -> list[list[Any]]:
-    """Name, size and time of the last change of a file, or of each file in a folder."""
+    """Name, size and time of the last change of a file, or of each file in a folder.
+
+    Raises:
+        UserError: there is none.
+    """
     filesystem, path = _filesystem(location)
     info = filesystem.get_file_info(path)
+    if info.type == pafs.FileType.NotFound:
+        raise UserError(f"labels.from {location}: no such file or folder")
     if info.type == pafs.FileType.Directory:
         found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
         return sorted([i.path[len(path) :], i.size, i.mtime_ns] for i in found if i.type == pafs.FileType.File)

@@ -173,11 +173,9 @@ def test_own_code_travels_to_the_workers(tmp_path: Path, two_nodes: Cluster) -> 
     notes.mkdir()
     (place / "my_nets.py").write_text(NETS)
     (place / "large.bin").write_bytes(b"0" * 1000)  # what the module does not import stays here
-    config = write_config(tmp_path, {
-        "name": "x", "data": {"source": "glyph62", "rows": 620},
-        "teacher": {"model": {"name": "mlp", "hidden": [8]}, "train": {"epochs": 1}},
-        "student": {"model": {"import": "my_nets:flat", "kwargs": {"note": str(notes)}}, "train": {"epochs": 1}},
-    })  # fmt: skip
+    own = {"model": {"import": "my_nets:flat", "kwargs": {"note": str(notes)}}, "train": {"epochs": 1}}
+    raw = {"name": "x", "data": {"source": "glyph62", "rows": 620}, "teacher": own, "student": own}
+    config = write_config(tmp_path, raw)
     done = distill_ray_in(
         place, "student", config, "--out", tmp_path / "runs", "--allow-import", RAY_ADDRESS=two_nodes.address, **TOKEN
     )

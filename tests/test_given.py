@@ -459,6 +459,8 @@ def test_contradictions_are_refused_by_the_config(teacher: dict[str, Any], told:
 def test_missing_files_and_missing_models(data: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"teacher.checkpoint .*gone.pt: no such file"):
         given.check_present(config_of(checkpoint=str(tmp_path / "gone.pt")))
+    with pytest.raises(UserError, match=r"teacher.model.import no_pkg.nets:x: there is no module no_pkg.nets"):
+        given.check_present(config_of(model={"import": "no_pkg.nets:x"}))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"teacher.checkpoint .*empty: no trained model is in this folder"):
         given.check_present(config_of(checkpoint=str(tmp_path / "empty")))

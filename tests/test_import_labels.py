@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distill_ray import config as configs
+from distill_ray import logit_files
 from distill_ray.errors import UserError
 from distill_ray.sources import info_of, open_source
 from distill_ray.stages import import_labels, label, prepare, teacher
@@ -196,6 +197,20 @@ def test_a_file_that_changes_between_measuring_and_writing_is_refused(out: Path,
     np.save(tmp_path / "n.npy", values(seed=1))
     with refused(out, "n.npy: changed while it was read"):
         import_labels.make(made, store, model, target)
+
+
+def test_a_file_that_is_not_there(out: Path, tmp_path: Path) -> None:
+    from distill_ray.stages.given import check_present
+
+    for keys, told in (
+        ({"from": "/no/x.npy"}, "labels.from /no/x.npy"),
+        ({"ids": "/no/i.npy"}, "labels.ids /no/i.npy"),
+    ):
+        config = configs.from_dict(RAW | {"labels": {"from": str(tmp_path)} | keys})
+        with pytest.raises(UserError, match=f"{told}: no such file or folder"):
+            check_present(config)
+    with pytest.raises(UserError, match=r"labels.from file:///no/x.parquet: no such file or folder"):
+        logit_files.fingerprint("file:///no/x.parquet")
 
 
 def test_the_config_says_one_place_that_logits_come_from(tmp_path: Path) -> None:

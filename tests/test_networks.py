@@ -6,19 +6,22 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
 
 import distill_ray
 from distill_ray import config as configs
-from distill_ray.config import AnyModel, InputConfig, ModelConfig, TrainConfig
+from distill_ray.config import AnyModel, CeLoss, InputConfig, ModelConfig, TrainConfig
 from distill_ray.errors import UserError
 from distill_ray.footprint import step_bytes
-from distill_ray.models import ModelSpec, save_model
+from distill_ray.models import ModelSpec, load_classifier, save_model
 from distill_ray.models.classifier import check_output, count_parameters
 from distill_ray.stages.export import largest_difference, to_program
 from distill_ray.storage import Folder
+from distill_ray.store import SplitArrays
+from distill_ray.training import FitSpec, Worker, fit
 
 SHAPE, CLASSES = (3, 16, 16), 5
 HERE = {name: importlib.util.find_spec(name) is not None for name in ("timm", "transformers")}
@@ -98,6 +101,21 @@ def test_an_image_classifier_of_transformers_by_its_type(tmp_path: Path) -> None
     save_model(Folder.at(tmp_path), spec, net.net.state_dict())
     assert torch.equal(distill_ray.load_model(str(tmp_path))(rows), net(rows))
     assert step_bytes(spec, TrainConfig(batch_size=8, precision="fp32"), 8, 1) > 16 * count_parameters(net)
+
+
+@pytest.mark.skipif(not HERE["transformers"], reason="transformers is not installed")
+def test_it_is_trained_and_exported_like_any_other(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, CLASSES, 64)
+    inputs = (rng.normal(0, 9, (64, *SHAPE)) + 50 * labels[:, None, None, None]).clip(0, 255).astype(np.uint8)
+    rows = SplitArrays(np.arange(64), inputs, labels, None)
+    train = TrainConfig(epochs=3, batch_size=16, lr=0.01, precision="fp32")
+    result = fit(FitSpec(spec_of(model_of(**VIT)), train, CeLoss(name="ce"), 0, "fp32"), rows, rows,
+                 Folder.at(tmp_path), Worker())  # fmt: skip
+    assert result is not None
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
+    loaded = load_classifier(str(tmp_path))
+    assert largest_difference(to_program(loaded, "uint8"), loaded, torch.from_numpy(inputs[:8])) < 1e-4
 
 
 @pytest.mark.skipif(not HERE["transformers"], reason="transformers is not installed")

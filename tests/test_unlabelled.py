@@ -248,3 +248,23 @@ def test_imported_logits_and_no_label_at_all(place: Path, tmp_path: Path) -> Non
     assert "student.loss ce: learns from hard labels alone" in refused.stderr.splitlines()[-1]
     with pytest.raises(UserError, match="no row of the train split has a label, so there is nothing to learn from"):
         teacher_stage._require_labels(data)
+
+
+@pytest.mark.slow
+def test_a_search_over_own_code_without_a_label(place: Path, tmp_path: Path) -> None:
+    """A trial finds the folder that the driver finds: the finalist is not trained again."""
+    out, path = tmp_path / "runs", tmp_path / "logits.npy"
+    space = {"model.kwargs.width": {"grid": [8, 16]}}
+    raw = RUN | {"tune": {"space": space, "search": "grid", "trials": 2, "seeds": 1, "scheduler": "none"}}
+    config = write_config(tmp_path, raw | {"labels": {"from": str(path), "by": "row_id"}})
+    np.save(path, np.zeros((1, 62), dtype=np.float32))
+    data = write_data(configs.load(config), out, none)
+    np.save(path, np.array(list(logits_by_id(data).values()), dtype=np.float32))
+    done = distill_ray_in(place, "tune", config, "--out", out, "--json", "--allow-import")
+    assert done.code == 0, done.stderr
+    assert done.answer["tune"]["counts"] == {"completed": 2}
+    assert len(list(out.glob("artifacts/student-*"))) == 2
+    for point in done.answer["tune"]["front"]:
+        assert (point["test_accuracy"], point["control"]) == (None, None)
+        assert 0 <= point["test_agreement"]["mean"] <= 1
+        assert point["values"]["model.kwargs.width"] in (8, 16)

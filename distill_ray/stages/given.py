@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from distill_ray import placing, runtime
+from distill_ray import placing, runtime, usercode
 from distill_ray.artifacts import SPEC_FILE, SUMMARY_FILE, WEIGHTS_FILE, Stage
 from distill_ray.config import Config, GivenTeacher, ImportedModel, InputConfig, TeacherInput, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
@@ -28,11 +28,15 @@ _SUFFIXES = {"state_dict": "safetensors", "torchscript": "pt", "export": "pt2", 
 
 
 def check_present(config: Config) -> None:
-    """Look for the files that the config gives, before any work.
+    """Look for the files and the code that the config gives, before any work; no code is run.
 
     Raises:
         UserError: one is not there or cannot be read.
     """
+    sections: list[tuple[str, Any]] = [*keyed(config), ("teacher", config.teacher), ("student", config.student)]
+    for key, section in sections:
+        if isinstance(section.model, ImportedModel):
+            usercode.fingerprint(section.model.import_, f"{key}.model.import")
     for key, member in keyed(config):
         content_sha256(member.checkpoint, f"{key}.checkpoint", only_look=True)
     for key, place in (("labels.from", config.labels.from_), ("labels.ids", config.labels.ids)):
