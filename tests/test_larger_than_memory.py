@@ -9,7 +9,6 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -134,7 +133,7 @@ def measured_run(folder: Path, rows: int) -> tuple[int, int, dict[str, Any]]:
 
 @pytest.mark.slow
 def test_a_run_takes_no_more_memory_than_a_quarter_of_its_data(tmp_path: Path) -> None:
-    """What is measured: RssAnon of every process of Ray's and of the command, summed, four times a second. Files that are
+    """What is measured: RssAnon of all processes of Ray and of the command, summed, four times a second. Files that are
     mapped or cached are the kernel's to drop and do not count; the shared object store counts as a whole.
 
     Ray's and torch's processes take some 2.4 GB for a data set of any size, so a run of a small one is subtracted:
