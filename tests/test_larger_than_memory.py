@@ -25,7 +25,7 @@ from tests.test_cluster import RAY, TOKEN, free_port, wait_for_port
 
 SIDE, DISTINCT = 64, 1000
 OBJECT_STORE_BYTES = 200 * 2**20
-SMALL_ROWS, ROWS = 6_000, 262_144  # decoded 74 MB, and 3.2 GB: 16 times the object store
+SMALL_ROWS, ROWS = 6_000, 393_216  # decoded 74 MB, and 4.8 GB: 23 times the object store
 TIMEOUT_S = 3000  # a bound for a hang
 
 
