@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pyarrow.csv
 import pytest
 
 from distill_ray.errors import UserError
+from tests.harness import environment
 from tests.own_data import Array, bad_rows, data_config, pixels, png, read_all, split_sizes
 
 CLASSES = ("cat", "dog", "eel")
@@ -182,3 +185,16 @@ def test_saved_datasets_that_cannot_be(tmp_path: Path) -> None:
     keys["path"] += "/"
     with pytest.raises(UserError, match="is no dataset that save_to_disk made"):
         read_all(data_config(**keys))
+
+
+def test_without_the_library_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not there
+    config = data_config(source="huggingface", path=str(tmp_path), columns={"input": "image"})
+    with pytest.raises(UserError, match=re.escape("pip install 'distill-ray[huggingface]'")):
+        read_all(config)
+
+
+def test_the_library_is_imported_only_where_it_is_used() -> None:
+    code = "import sys, distill_ray.sources; sys.exit(len({'datasets', 'ray', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment())
+    assert (done.returncode, done.stderr) == (0, "")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from distill_ray.errors import UserError
 from distill_ray.sources import ParquetSource, open_source
+from tests.object_store import BUCKET, object_store
 from tests.own_data import bad_rows, data_config, fixed_list, pixels, png, read_all, write_parquet
 
 LABELS = [0, 1, 2] * 20
@@ -373,3 +374,31 @@ def test_places_without_files(tmp_path: Path, location: str, message: str) -> No
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=re.escape(f"data.path {tmp_path / location}: {message}")):
         open_source(parquet(tmp_path / location)).fingerprint()
+
+
+# --- on an object store ----------------------------------------------------------------------------------------------
+
+
+def test_files_and_the_images_that_they_name_may_lie_on_an_object_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pixels(30)
+    with object_store() as server:
+        for key, value in server.environment().items():
+            monkeypatch.setenv(key, value)
+        client = server.client()
+        for number, image in enumerate(images):
+            client.put_object(Bucket=BUCKET, Key=f"set/png/{number}.png", Body=png(image))
+        for part in range(2):
+            names = [f"png/{number}.png" for number in range(part * 15, part * 15 + 15)]
+            path = write_parquet(tmp_path / "rows.parquet", {"x": names, "y": LABELS[:15]})
+            client.put_object(Bucket=BUCKET, Key=f"set/part-{part}.parquet", Body=path.read_bytes())
+        for location in (f"s3://{BUCKET}/set", f"s3://{BUCKET}/set/part-*.parquet"):
+            found = read_all(parquet(Path("unused")).model_copy(update={"path": location}))
+            assert np.array_equal(found.inputs[:, 0], images)
+            assert found.ids[-1] == "part-1.parquet/14"
+        with pytest.raises(UserError, match="no such file or folder"):
+            read_all(parquet(Path("unused")).model_copy(update={"path": f"s3://{BUCKET}/nowhere"}))
+        client.put_object(Bucket=BUCKET, Key="set/part-2.parquet", Body=b"cut short")
+        with pytest.raises(UserError, match=r"s3://.*/set/part-2\.parquet: cannot be read as Parquet"):
+            read_all(parquet(Path("unused")).model_copy(update={"path": f"s3://{BUCKET}/set"}))

@@ -311,3 +311,13 @@ def test_idx_warns_of_a_label_that_makes_empty_classes(tmp_path: Path) -> None:
     (warning,) = info.warnings
     assert "of 201 classes have no training row" in warning
     assert "data.classes" in warning
+
+
+def test_idx_divides_each_class_where_asked(tmp_path: Path) -> None:
+    write_idx(tmp_path, train=80)
+    info = idx(tmp_path, split={"stratify": True, "fractions": [0.75, 0.25]}).info()
+    assert info.labels is not None
+    for name, share in (("train", 0.75), ("validation", 0.25)):
+        counts = np.bincount(info.labels[info.splits[name]], minlength=4)
+        whole = np.bincount(info.labels[:80], minlength=4)
+        assert np.abs(counts - share * whole).max() < 2
