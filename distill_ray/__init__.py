@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,4 +23,6 @@ def __getattr__(name: str) -> Any:
         from distill_ray.stages.pipeline import run
 
         return run
+    if name in ("stages", "store"):
+        return importlib.import_module(f"distill_ray.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
