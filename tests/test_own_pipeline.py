@@ -76,7 +76,8 @@ def test_a_table_of_measurements(tmp_path: Path) -> None:
     path = tmp_path / "cancer.parquet"
     pa.parquet.write_table(pa.Table.from_pandas(frame, preserve_index=False), path)
     data = {
-        "source": "parquet", "path": str(path), "columns": {"input": list(found.feature_names), "label": "target"},
+        "source": "parquet", "path": str(path),
+        "columns": {"input": [str(name) for name in found.feature_names], "label": "target"},
         "input": {"mean": "auto", "std": "auto"}, "split": {"stratify": True}, "class_names": ["malignant", "benign"],
     }  # fmt: skip
     answer = run(tmp_path, data)
