@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,19 @@ def optimizer_of(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
         )
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, lr=train.lr, weight_decay=train.weight_decay, fused=True)
+
+
+def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """``optimizer.load_state_dict``, each moment in its weight's own memory order.
+
+    Checkpoints hold plain order; the fused kernels go through memory and would pair the elements of a channels_last
+    weight with the moments of others.
+    """
+    optimizer.load_state_dict(saved)
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def lr_factor(step: int, steps_per_epoch: int, train: TrainConfig) -> float:

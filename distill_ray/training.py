@@ -32,7 +32,7 @@ from distill_ray.losses import Share
 from distill_ray.memory import keep_freed_memory
 from distill_ray.metrics import ValidationMetrics
 from distill_ray.models import Classifier, ModelSpec, finished_weights, save_model
-from distill_ray.optimizing import apply_gradients, averaged, lr_factor, optimizer_of, set_lr
+from distill_ray.optimizing import apply_gradients, averaged, load_state, lr_factor, optimizer_of, set_lr
 from distill_ray.rows import Batch, Rows
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, StoredSplit
@@ -177,7 +177,7 @@ class _State:
         optimizer = optimizer_of(classifier, spec.train)
         scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
         if saved is not None:
-            optimizer.load_state_dict(saved.optimizer)
+            load_state(optimizer, saved.optimizer)
             scaler.load_state_dict(saved.scaler)
         return cls(
             spec, worker, folder, classifier, _wrapped(classifier, spec.train, worker), average, optimizer, scaler,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import multiprocessing as mp
+from torch import nn
 
 from distill_ray import artifacts, checkpoints, losses, optimizing, training
 from distill_ray.checkpoints import Checkpoint
@@ -337,3 +338,35 @@ def test_a_damaged_checkpoint_within_an_epoch_is_passed_over(tmp_path: Path, mon
     saved = checkpoints.latest(Folder.at(tmp_path / "checkpoints"))
     assert saved is not None
     assert saved.position == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_an_optimizer_goes_on_from_a_checkpoint_in_its_weights_memory_order(name: str) -> None:
+    """Checkpoints hold plain order, convolutions are channels_last, and fused kernels go through memory."""
+
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        net = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return net, optimizing.optimizer_of(net, TrainConfig(optimizer=name))  # type: ignore[arg-type]
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+        rows = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        net(rows.contiguous(memory_format=torch.channels_last)).square().mean().backward()
+        optimizer.step()
+
+    whole, cut = made(), made()
+    for number in range(4):
+        step(*whole, number)
+    for number in range(2):
+        step(*cut, number)
+    saved = cut[1].state_dict()
+    for state in saved["state"].values():
+        state.update({k: v.contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)})
+    resumed = made()
+    resumed[0].load_state_dict(cut[0].state_dict())
+    optimizing.load_state(resumed[1], saved)
+    for number in range(2, 4):
+        step(*resumed, number)
+    for ours, theirs in zip(resumed[0].parameters(), whole[0].parameters(), strict=True):
+        assert torch.equal(ours, theirs)

@@ -54,7 +54,7 @@ def test_values_are_laid_over_the_student() -> None:
     values = {"model.channels": [2, 4], "loss.temperature": 4.0, "train.lr": 0.01, "train.epochs": 3.0}
     student = search_space.lay_over(KD_STUDENT, values)
     assert to_dict(student.model) == {"name": "char_cnn", "channels": [2, 4], "hidden": [512, 128]}
-    assert to_dict(student.loss) == {"name": "kd", "temperature": 4.0, "alpha": 0.5}
+    assert to_dict(student.loss) == {"name": "kd", "temperature": 4.0, "alpha": 0.5, "class_weights": None}
     assert (student.train.lr, student.train.epochs) == (0.01, 3)
     assert KD_STUDENT.train.lr == 1e-3
 
@@ -62,7 +62,7 @@ def test_values_are_laid_over_the_student() -> None:
 def test_a_kind_takes_only_the_keys_that_it_has() -> None:
     values = {"loss.name": "ce", "loss.temperature": 4.0, "model": {"name": "mlp"}, "model.hidden": [7]}
     student = search_space.lay_over(KD_STUDENT, values)
-    assert to_dict(student.loss) == {"name": "ce"}
+    assert to_dict(student.loss) == {"name": "ce", "class_weights": None}
     assert to_dict(student.model) == {"name": "mlp", "hidden": [7]}
 
 
