@@ -347,7 +347,7 @@ def test_an_optimizer_goes_on_from_a_checkpoint_in_its_weights_memory_order(name
     def made() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         net = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return net, optimizing.optimizer_of(net, TrainConfig(optimizer=name))  # type: ignore[arg-type]
+        return net, optimizing.optimizer_of(net, TrainConfig(optimizer=name))
 
     def step(net: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
         rows = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(number))
