@@ -1078,7 +1078,7 @@ def imports_of(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(values, dict):
         for key, value in values.items():
             place = f"{prefix}.{key}" if prefix else str(key)
-            if (key == "import" or str(key).endswith(".import")) and value is not None:
+            if str(key).rpartition(".")[2] in ("import", "import_") and value is not None:  # the alias, and the field
                 yield place, value if isinstance(value, str) else json.dumps(value, default=str)
             else:
                 yield from imports_of(value, place)

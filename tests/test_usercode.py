@@ -163,3 +163,9 @@ def test_a_config_that_names_code_needs_permission(tmp_path: Path) -> None:
 def test_what_is_no_import_path_is_refused_by_the_config(path: str) -> None:
     with pytest.raises(UserError, match=r"student.model.import"):
         configs.from_dict(CONFIG | {"student": {"model": {"import": path}}})
+
+
+def test_code_named_in_a_searchs_space_is_seen_by_either_name_of_the_key() -> None:
+    for key in ("import", "import_"):
+        space = {"tune": {"space": {"model": {"choice": [{"name": "import", key: "evil:f"}]}}}}
+        assert [code for _, code in configs.imports_of(space)] == ["evil:f"]
