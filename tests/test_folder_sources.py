@@ -53,6 +53,40 @@ def test_folders_of_splits_are_kept(tmp_path: Path) -> None:
     assert all(found.ids[row].startswith("val/") for row in found.info.splits["validation"])
 
 
+def test_a_file_beside_the_splits_does_not_make_classes_of_them(tmp_path: Path) -> None:
+    write_folder(tmp_path, pixels(60), splits=("train", "val", "test"))
+    (tmp_path / "train" / "logo.png").write_bytes(png(pixels(1)[0]))
+    with pytest.raises(UserError, match=r"train/logo.png is in no folder of a class in a split, as test/.* is"):
+        read_all(data_config(source="images", path=str(tmp_path)))
+
+
+def test_names_that_cameras_and_people_give_with_an_underscore_count(tmp_path: Path) -> None:
+    write_folder(tmp_path, pixels(30))
+    (tmp_path / "cat").rename(tmp_path / "_background")
+    (tmp_path / "dog" / "001.png").rename(tmp_path / "dog" / "_MG_001.png")
+    found = read_all(data_config(source="images", path=str(tmp_path)))
+    assert found.info.class_names == ("_background", "dog", "eel")
+    assert len(found.ids) == 30
+
+
+def test_a_second_run_in_one_process_sees_new_files(tmp_path: Path) -> None:
+    from distill_ray.sources import open_cached, open_source, state_of
+
+    write_folder(tmp_path, pixels(30))
+    config = data_config(source="images", path=str(tmp_path))
+    before = open_source(config)
+    state = state_of(before)
+    assert open_cached(config, state).rows == 30  # type: ignore[union-attr]
+    (tmp_path / "cat" / "one_more.png").write_bytes(png(pixels(1)[0]))
+    assert state_of(open_source(config)) != state
+    assert len(read_all(config).ids) == 31
+    from distill_ray.errors import RunError
+
+    open_cached.__globals__["_open_cached"].cache_clear()  # another worker, which has opened nothing yet
+    with pytest.raises(RunError, match="changed while they were read"):
+        open_cached(config, state)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_a_table_names_files_and_labels(tmp_path: Path, suffix: str) -> None:
     images = pixels(60)
@@ -153,6 +187,27 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     assert grid.ids[:2] == ["row/0", "row/1"]
     row = read_all(data_config(**keys, columns={"input": "row", "label": "label"}))
     assert row.inputs[:, 1].tolist() == [n + 0.5 for n in order]
+
+
+def test_classes_of_a_saved_dataset_in_another_order_are_renumbered(tmp_path: Path) -> None:
+    dataset(pixels(60)).save_to_disk(str(tmp_path))
+    keys = {"source": "huggingface", "path": str(tmp_path), "columns": {"input": "image", "label": "label"}}
+    plain = read_all(data_config(**keys))
+    other = read_all(data_config(**keys, class_names=plain.info.class_names[::-1]))
+    words = [
+        [None if label < 0 else found.info.class_names[label] for label in found.labels] for found in (plain, other)
+    ]
+    assert words[0] == words[1]
+    assert plain.labels != other.labels
+
+
+def test_a_dataset_that_is_saved_again_is_read_again(tmp_path: Path) -> None:
+    config = data_config(source="huggingface", path=str(tmp_path), columns={"input": "image", "label": "label"})
+    dataset(pixels(60)).save_to_disk(str(tmp_path))
+    before = read_all(config)
+    shutil.rmtree(tmp_path)
+    dataset(pixels(60, seed=5)).save_to_disk(str(tmp_path))
+    assert not np.array_equal(read_all(config).inputs, before.inputs)
 
 
 def test_the_splits_of_a_saved_dict_are_kept(tmp_path: Path) -> None:

@@ -61,6 +61,18 @@ def test_nested_lists_have_their_own_shape(tmp_path: Path) -> None:
     assert np.array_equal(found.inputs, values.astype(np.float32))
 
 
+def test_as_many_numbers_in_other_lists_are_another_array(tmp_path: Path) -> None:
+    lists = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]] * 9
+    columns = {
+        "x": [*lists, [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[1.0], [2.0, 3.0, 4.0, 5.0, 6.0]]],
+        "y": [0, 1] * 5 + [0],
+    }
+    write_parquet(tmp_path / "a.parquet", columns)
+    found = bad_rows(parquet(tmp_path, max_bad_rows=5))
+    assert len(found) == 2
+    assert all("the lists in it are not 3 long" in text for text in found)
+
+
 def test_several_number_columns_are_a_table(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     columns = {"a": rng.normal(size=60), "b": rng.integers(0, 9, 60), "c": rng.integers(0, 2, 60).astype(bool)}

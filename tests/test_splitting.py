@@ -82,3 +82,24 @@ def test_fractions_that_contradict_the_data(given_splits: tuple[str, ...], fract
         divide(rows, fractions, 0)
     with pytest.raises(UserError, match="2 training row"):
         divide({"train": np.arange(2, dtype=np.int64)}, (0.8, 0.1, 0.1), 0)
+
+
+def test_a_group_that_the_datas_own_splits_divide_is_refused() -> None:
+    """Only training rows are cut by groups: what is in the data's own test split must have kept to them."""
+    groups = np.repeat(np.arange(20, dtype=np.uint64), 5)
+    rows = np.arange(100, dtype=np.int64)
+    whole = {"train": rows[:80], "test": rows[80:]}
+    kept = divide(whole, None, 0, groups=groups)
+    assert not set(groups[kept["train"]]) & set(groups[kept["validation"]])
+    for own in ({"train": rows[:83], "test": rows[83:]},
+                {"train": rows[:60], "validation": rows[60:82], "test": rows[82:]}):  # fmt: skip
+        with pytest.raises(UserError, match=r"group_by: 1 group\(s\) have rows in"):
+            divide(own, None, 0, groups=groups)
+
+
+def test_no_row_is_in_two_splits_where_few_are_cut() -> None:
+    rows = np.arange(4, dtype=np.int64)
+    with pytest.raises(UserError, match="leave none of the 4 rows to train"):
+        divide({"train": rows}, (0.2, 0.4, 0.4), 0)
+    with pytest.raises(UserError, match="names no training rows, only validation"):
+        divide({"train": rows[:0], "validation": rows}, None, 0)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import overload
@@ -13,6 +14,7 @@ import pyarrow as pa
 from pydantic import TypeAdapter
 
 from distill_ray.config import DataBase, DataConfig, Glyph62Data, HuggingfaceData, IdxData, ImagesData, ParquetData
+from distill_ray.errors import RunError
 from distill_ray.sources.base import SPLITS, BadRow, Examples, OwnSource, Piece, Source, SourceInfo
 from distill_ray.sources.glyph62 import Glyph62Source
 from distill_ray.sources.huggingface import HuggingfaceSource
@@ -35,6 +37,8 @@ __all__ = [
     "info_of",
     "open_cached",
     "open_source",
+    "require_state",
+    "state_of",
 ]
 
 AnySource = Glyph62Source | IdxSource | ImagesSource | HuggingfaceSource | ParquetSource
@@ -65,14 +69,35 @@ def open_source(config: DataBase) -> AnySource:
     raise TypeError(f"no source for {type(config).__name__}")
 
 
-def open_cached(config: DataBase) -> AnySource:
-    """The same source again where this process has just opened it: a worker makes many shards of one."""
-    return _open_cached(config.model_dump_json())
+def state_of(source: AnySource) -> str:
+    """What tells whether the files of a source are still the same."""
+    return json.dumps(source.fingerprint(), sort_keys=True)
+
+
+def open_cached(config: DataBase, state: str) -> AnySource:
+    """The source in this state; the same again where this process has just opened it: a worker makes many shards.
+
+    Raises:
+        RunError: its files are others now.
+    """
+    return _open_cached(config.model_dump_json(), state)
 
 
 @lru_cache(maxsize=1)
-def _open_cached(config: str) -> AnySource:
-    return open_source(TypeAdapter(DataConfig).validate_json(config))
+def _open_cached(config: str, state: str) -> AnySource:
+    source = open_source(TypeAdapter(DataConfig).validate_json(config))
+    require_state(source, state)
+    return source
+
+
+def require_state(source: AnySource, state: str) -> None:
+    """Refuse a source whose files have changed while they were read: a store holds one state of them.
+
+    Raises:
+        RunError: they have.
+    """
+    if state_of(source) != state:
+        raise RunError("data.path: its files changed while they were read: the same command reads them anew")
 
 
 def info_of(source: AnySource) -> SourceInfo:

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from distill_ray.config import InputWish
-from distill_ray.errors import UserError
+from distill_ray.errors import RunError, UserError
 from distill_ray.storage import reason_of
 
 Kind = Literal["list", "scalars", "images", "paths"]
@@ -39,6 +40,7 @@ class Layout:
     kind: Kind
     shape: tuple[int, ...]
     dtype: str
+    lengths: tuple[int, ...] = ()  # of nested lists: of those within a row, by depth
 
     @property
     def width(self) -> int:
@@ -148,7 +150,11 @@ def lists(column: pa.Array, layout: Layout) -> tuple[Array, Faults]:
         faults[int(row)] = "its input is null"
     for row in np.flatnonzero(valid & (widths != layout.width)):
         faults[int(row)] = f"its input has {widths[row]} numbers, expected {layout.width}"
-    good = np.flatnonzero(valid & (widths == layout.width))
+    for row in np.flatnonzero(valid & (widths == layout.width) & ~_regular(column, layout.lengths)):
+        faults[int(row)] = (
+            f"the lists in it are not {' x '.join(map(str, layout.lengths))} long, as those of the first row"
+        )
+    good = np.flatnonzero([row not in faults for row in range(len(column))])
     picked = leaves.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
     if len(good) < len(column):
         places = (offsets[good][:, np.newaxis] - offsets[0] + np.arange(layout.width)).reshape(-1)
@@ -158,6 +164,24 @@ def lists(column: pa.Array, layout: Layout) -> tuple[Array, Faults]:
     inputs[good] = values.reshape(-1, layout.width)
     faults |= {int(good[offset]): reason for offset, reason in wrong.items()}
     return inputs.reshape(-1, *layout.shape), faults
+
+
+def _regular(column: pa.Array, expected: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """By row: whether the lists within it are as long at each depth as those of the first row.
+
+    The same number of leaves in other lists, 2 x 3 for 3 x 2, is another array.
+    """
+    rows = np.ones(len(column), dtype=np.bool_)
+    level, owner = plain(column), np.arange(len(column))
+    for length in expected:
+        owner = np.repeat(owner, _lengths(level))
+        level = plain(level.flatten())
+        rows[np.unique(owner[_lengths(level) != length])] = False
+    return rows
+
+
+def _lengths(lists: pa.Array) -> npt.NDArray[np.int64]:
+    return np.asarray(pc.list_value_length(lists).fill_null(0).to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
 def _leaves(array: pa.Array) -> tuple[pa.Array, npt.NDArray[np.int64] | None]:
@@ -253,8 +277,10 @@ def encoded(column: pa.Array, row: int, open_path: Callable[[str], bytes]) -> by
         return open_path(value)
     except FileNotFoundError:
         raise Undecodable(f"its image {value} is not there") from None
-    except (OSError, pa.ArrowException) as error:
+    except (IsADirectoryError, NotADirectoryError, pa.ArrowInvalid) as error:
         raise Undecodable(f"its image {value} cannot be read ({reason_of(error)})") from None
+    except (OSError, pa.ArrowException) as error:  # of the storage, not of the row: it must not be left out for good
+        raise RunError(f"{value}: cannot be read ({reason_of(error)}): the same command tries again") from None
 
 
 def decode(data: bytes, wish: InputWish, channels: int | None = None) -> npt.NDArray[np.uint8]:

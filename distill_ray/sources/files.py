@@ -33,18 +33,18 @@ class File:
         return [self.uri, self.size, self.mtime_ns]
 
 
-def find(key: str, location: str, suffixes: Sequence[str]) -> list[File]:
+def find(key: str, location: str, suffixes: Sequence[str], *, hidden: tuple[str, ...] = (".", "_")) -> list[File]:
     """The files at a path, a folder (searched with all below it) or a pattern, sorted by name.
 
-    In a folder only files with one of ``suffixes`` count, and none whose path has a part that starts with ``.`` or
-    ``_``, such as ``_SUCCESS``. ``key`` names the config key in errors.
+    In a folder only files with one of ``suffixes`` count, and none whose path has a part that starts with one
+    of ``hidden``, such as ``_SUCCESS``. ``key`` names the config key in errors.
 
     Raises:
         UserError: there is nothing, or it cannot be read.
     """
     base, pattern, options = split_location(location)
     try:
-        found = list(_below(base + options, pattern, suffixes))
+        found = list(_below(base + options, pattern, suffixes, hidden))
     except FileNotFoundError:
         raise UserError(f"{key} {location}: no such file or folder") from None
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -69,7 +69,7 @@ def split_location(location: str) -> tuple[str, str, str]:
     return place[:cut] or "/", place[cut + 1 :], options
 
 
-def _below(base: str, pattern: str, suffixes: Sequence[str]) -> Iterator[File]:
+def _below(base: str, pattern: str, suffixes: Sequence[str], hidden: tuple[str, ...]) -> Iterator[File]:
     filesystem, root = filesystem_of(base)
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.NotFound:
@@ -82,16 +82,15 @@ def _below(base: str, pattern: str, suffixes: Sequence[str]) -> Iterator[File]:
     selector = pafs.FileSelector(root, recursive=not pattern or "/" in pattern or "**" in pattern)
     for entry in filesystem.get_file_info(selector):
         name = entry.path[len(root) :].lstrip("/") if entry.path.startswith(root) else entry.path
-        if entry.type != pafs.FileType.File or not _counts(name, wanted, suffixes):
+        if entry.type != pafs.FileType.File or not _counts(name, wanted, suffixes, hidden):
             continue
         yield File(join(base, name), name, int(entry.size), int(entry.mtime_ns or 0))
 
 
-def _counts(name: str, wanted: re.Pattern[str] | None, suffixes: Sequence[str]) -> bool:
+def _counts(name: str, wanted: re.Pattern[str] | None, suffixes: Sequence[str], hidden: tuple[str, ...]) -> bool:
     if wanted is not None:
         return wanted.match(name) is not None
-    hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-    return not hidden and name.lower().endswith(tuple(suffixes))
+    return not any(part.startswith(hidden) for part in name.split("/")) and name.lower().endswith(tuple(suffixes))
 
 
 def join(base: str, name: str) -> str:

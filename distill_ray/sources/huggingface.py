@@ -5,6 +5,7 @@ Its Arrow files are mapped, not read: rows are taken by number. Images are decod
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -35,12 +36,12 @@ class HuggingfaceSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Location, size and time of every file of the saved dataset."""
-        return {"files": [file.state() for file in files.find("data.path", self._config.path, (".arrow", ".json"))]}
+        return {"files": [file.state() for file in _files(self._config.path)]}
 
     @cached_property
     def _parts(self) -> list[tuple[str | None, Any]]:
         """The datasets and their names; one without a name where no DatasetDict was saved."""
-        return _opened(self._config.path)
+        return _saved(self._config.path)
 
     @cached_property
     def _own_splits(self) -> list[str] | None:
@@ -135,11 +136,14 @@ class HuggingfaceSource:
         names = self._class_names
         if names is not None:
             config = config.model_copy(update={"class_names": config.class_names or names})
-            if LABEL in small.column_names:  # a ClassLabel of -1 is none
-                labels = small.column(LABEL)
-                none = pc.equal(labels, -1).fill_null(True)
+            if LABEL in small.column_names:
+                # By name: the config may have the classes in another order. A ClassLabel of -1 is none.
+                codes = pc.cast(small.column(LABEL), pa.int64())
+                known = pc.if_else(pc.less(codes, 0).fill_null(True), pa.scalar(None, pa.int64()), codes)
                 position = small.column_names.index(LABEL)
-                small = small.set_column(position, LABEL, pc.if_else(none, pa.scalar(None, labels.type), labels))
+                small = small.set_column(
+                    position, LABEL, pa.array(names, type=pa.string()).take(known.combine_chunks())
+                )
         annotations = Annotations(config, self.rows, self.name_of)
         refuse_duplicates(small, self.name_of)
         annotations.add(0, condensed({name: small.column(name) for name in small.column_names}))
@@ -231,16 +235,30 @@ class HuggingfaceSource:
         return pa.array([f"{self._used[part][0] or 'row'}/{within}" for part, within in found], type=pa.string())
 
 
-@lru_cache(maxsize=2)  # a worker that prepares many shards opens it once
-def _opened(path: str) -> list[tuple[str | None, Any]]:
+def _saved(path: str) -> list[tuple[str | None, Any]]:
     if not Path(path).is_dir():
         raise UserError(f"data.path {path}: no such folder; it is what save_to_disk of datasets made")
     try:
-        import datasets
+        import datasets  # noqa: F401
     except ImportError:
         raise UserError(
             "data.source huggingface: needs the package datasets: pip install 'distill-ray[huggingface]'"
         ) from None
+    try:
+        state = json.dumps([file.state() for file in _files(path)])
+    except UserError:  # nothing is there; what it is not is told below
+        state = ""
+    return _opened(path, state)
+
+
+def _files(path: str) -> list[files.File]:
+    return files.find("data.path", path, (".arrow", ".json"))
+
+
+@lru_cache(maxsize=2)  # a worker that prepares many shards opens it once; another state is another dataset
+def _opened(path: str, state: str) -> list[tuple[str | None, Any]]:
+    import datasets
+
     try:
         found = datasets.load_from_disk(path)
     except Exception as error:
@@ -253,5 +271,5 @@ def _opened(path: str) -> list[tuple[str | None, Any]]:
 
 def schema_of(location: str) -> tuple[pa.Schema, list[str]]:
     """The columns of a saved dataset, and the names of its splits, none where it is no DatasetDict."""
-    parts = _opened(location)
+    parts = _saved(location)
     return parts[0][1].features.arrow_schema, [name for name, _ in parts if name is not None]

@@ -54,7 +54,13 @@ class ImagesSource:
         if self._config.table is not None:
             return self._from_table()
         names = [file.name.split("/") for file in self._files]
-        own_splits = all(len(parts) > 2 and parts[0] in _ALIASES for parts in names)
+        fitting = [len(parts) > 2 and parts[0] in _ALIASES for parts in names]
+        own_splits = all(fitting)
+        if any(fitting) and not own_splits:  # else the splits would become the classes
+            raise UserError(
+                f"data.path {self._config.path}: {'/'.join(names[fitting.index(False)])} is in no folder of a class in "
+                f"a split, as {'/'.join(names[fitting.index(True)])} is: move it, or name a table in data.table"
+            )
         least = 3 if own_splits else 2
         for parts in names:
             if len(parts) < least:
@@ -182,9 +188,8 @@ def refuse_duplicates(small: pa.Table, name_of: Any) -> None:
         )
 
 
-@lru_cache(maxsize=2)  # a worker that prepares many shards lists the folder once
 def _found(path: str) -> list[files.File]:
-    found = files.find("data.path", path, _SUFFIXES)
+    found = files.find("data.path", path, _SUFFIXES, hidden=(".",))  # cameras call their files _MG_1234.JPG
     if len(found) == 1 and found[0].uri == path:
         raise UserError(f"data.path {path}: is a file, not a folder of images")
     return found

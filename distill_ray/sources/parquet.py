@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -192,6 +192,10 @@ class ParquetSource:
             return self._place(row)
         return f"{self._place(row)} (id {self._value(row, self.config.columns.id)!r})"
 
+    def _called(self, row: int, value: pa.Scalar) -> str:
+        """``name_of`` where the id is at hand."""
+        return self._place(row) if self.config.columns.id is None else f"{self._place(row)} (id {value.as_py()!r})"
+
     def _place(self, row: int) -> str:
         file, within = self._find(row)
         return f"{self.files[file].uri}, row {within}"
@@ -286,7 +290,7 @@ class ParquetSource:
             inputs, faults = self._decoded(columns, layout, piece.first_row + int(offsets[0]))
             rows = piece.first_row + offsets
             ids = self._ids(table, rows)
-            bad = [BadRow(int(rows[i]), self.name_of(int(rows[i])), reason) for i, reason in sorted(faults.items())]
+            bad = [BadRow(int(rows[i]), self._called(int(rows[i]), ids[i]), why) for i, why in sorted(faults.items())]
             yield offsets, inputs, ids, bad
 
     def _decoded(
@@ -335,10 +339,12 @@ def wished(found: Layout, config: Any) -> Layout:
         for key in ("resize", "channels"):
             if getattr(wish, key) is not None:
                 raise UserError(f"data.input.{key}: is for images, and column {config.columns.input!r} holds numbers")
+    if found.kind == "list":
+        found = replace(found, lengths=found.shape[1:])
     if shape is None or shape == found.shape:
         return found
     if found.kind == "list" and np.prod(shape) == np.prod(found.shape):
-        return Layout(found.kind, shape, found.dtype)
+        return replace(found, shape=shape)
     if found.kind == "list":
         raise UserError(
             f"data.input.shape: {list(shape)} is {np.prod(shape)} numbers, but the rows have {np.prod(found.shape)}"

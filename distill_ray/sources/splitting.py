@@ -7,6 +7,7 @@ which the rows were read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
@@ -115,15 +116,21 @@ def divide(
         UserError: the fractions contradict what the data says.
     """
     own = {name: rows for name, rows in given.items() if len(rows)}
+    if "train" not in own:
+        raise UserError(
+            f"data.split: the data names no training rows, only {', '.join(own)}: data.split.values says what means "
+            "which"
+        )
     if fractions is None:
         if "validation" in own:
+            _refuse_shared(own, groups)
             return _in_order(own)
         fractions = (0.9, 0.1) if "test" in own else (0.8, 0.1, 0.1)
     clash = "validation" if "validation" in own else "test" if len(fractions) == 3 and "test" in own else None
     if clash is not None:
         mend = "leave out the fractions" if clash == "validation" else "give two (train, validation) that sum to 1"
         raise UserError(f"data.split.fractions {list(fractions)}: the data says itself which rows are {clash}: {mend}")
-    train = own.get("train", np.empty(0, dtype=np.int64))
+    train = own.pop("train")
     if len(train) < sum(f > 0 for f in fractions):
         raise UserError(
             f"data.split: {len(train)} training row(s) cannot be divided by the fractions {list(fractions)}"
@@ -134,7 +141,24 @@ def divide(
         cut = split_by_class(train, labels[train], fractions, seed)
     else:
         cut = split_by_fractions(train, fractions, seed)
-    return _in_order(own | {name: rows for name, rows in cut.items() if len(rows)})
+    if not len(cut["train"]):
+        raise UserError(f"data.split.fractions {list(fractions)}: leave none of the {len(train)} rows to train")
+    own |= {name: rows for name, rows in cut.items() if len(rows)}
+    _refuse_shared(own, groups)
+    return _in_order(own)
+
+
+def _refuse_shared(splits: Mapping[str, Indices], groups: npt.NDArray[np.uint64] | None) -> None:
+    """Where the data has splits of its own, only part of them is cut by groups: the rest must have kept to them."""
+    for one, other in combinations(splits, 2) if groups is not None else ():
+        assert groups is not None
+        shared = np.intersect1d(groups[splits[one]], groups[splits[other]])
+        if len(shared):
+            rows = [int(splits[name][np.flatnonzero(groups[splits[name]] == shared[0])[0]]) for name in (one, other)]
+            raise UserError(
+                f"data.split.group_by: {len(shared)} group(s) have rows in {one} and in {other}, as the data says "
+                f"(rows {rows[0]} and {rows[1]}, for one): leave group_by out, or the data's splits"
+            )
 
 
 def _in_order(splits: Mapping[str, Indices]) -> dict[str, Indices]:

@@ -10,10 +10,10 @@ import numpy as np
 
 from distill_ray import __version__, artifacts, profiling
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, OwnData, digest_payload, from_dict, to_dict
+from distill_ray.config import Config, OwnData, digest_payload, to_dict
 from distill_ray.console import Reporter
 from distill_ray.errors import RunError, UserError
-from distill_ray.sources import SPLITS, AnySource, ParquetSource, SourceInfo, open_cached, open_source
+from distill_ray.sources import SPLITS, AnySource, ParquetSource, SourceInfo, open_source, require_state, state_of
 from distill_ray.sources.annotations import class_counts
 from distill_ray.stages import contract, entry, opening, streaming
 from distill_ray.stages.context import Context
@@ -45,6 +45,7 @@ def locate(config: Config, out: Folder) -> Stage:
 def _make(context: Context, target: Stage) -> None:
     data = context.config.data
     source = open_source(data)
+    state = state_of(source)
     context.session.start()
     info = _info(context, target, source)
     _check_contract(context.config, info)
@@ -73,6 +74,7 @@ def _make(context: Context, target: Stage) -> None:
         class_counts=None if counts is None else {name: tuple(found.tolist()) for name, found in counts.items()},
         bad_rows=info.bad_rows or None,
     )  # fmt: skip
+    require_state(open_source(data), state)
     commit(target, manifest)
 
 
@@ -119,13 +121,13 @@ def _written(
         )
         for plan in todo
     ]
-    arguments = {"config": to_dict(config), "folder": target.folder.uri, "store": target.digest}
+    arguments = streaming.job_of(config, source) | {"folder": target.folder.uri, "store": target.digest}
     return run_shards("prepare", items, _write_shard, arguments)
 
 
 def _write_shard(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> Written:
     """Runs in a Ray Data task: read the rows from the source, write one shard."""
-    source = open_cached(from_dict(arguments["config"]).data)
+    source = streaming.opened(arguments)
     assert not isinstance(source, ParquetSource)
     with profiling.measured() as profile:
         with profiling.phase("reading"):

@@ -21,7 +21,17 @@ from distill_ray import runtime
 from distill_ray.artifacts import Stage
 from distill_ray.config import Config, from_dict, to_dict
 from distill_ray.errors import RunError
-from distill_ray.sources import BadRow, HuggingfaceSource, ImagesSource, ParquetSource, Piece, SourceInfo, open_cached
+from distill_ray.sources import (
+    AnySource,
+    BadRow,
+    HuggingfaceSource,
+    ImagesSource,
+    ParquetSource,
+    Piece,
+    SourceInfo,
+    open_cached,
+    state_of,
+)  # fmt: skip
 from distill_ray.sources.base import check_bad_rows
 from distill_ray.sources.decoding import Layout
 from distill_ray.stages.shard_job import ShardPlan, run_items
@@ -44,7 +54,7 @@ def small_columns(config: Config, source: ParquetSource, pieces: Sequence[Piece]
     if not source.annotated():
         return
     dataset = _of_pieces(pieces).map_batches(
-        _Annotate(to_dict(config)), batch_size=None, batch_format="pyarrow", num_cpus=1
+        _Annotate(job_of(config, source)), batch_size=None, batch_format="pyarrow", num_cpus=1
     )
     for block in _blocks(dataset):
         if block.num_rows:
@@ -54,11 +64,11 @@ def small_columns(config: Config, source: ParquetSource, pieces: Sequence[Piece]
 class _Annotate:
     """A piece to its small columns, with the row's number beside them."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self._job = job
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
-        source = _source(self._config)
+        source = _source(self._job)
         for piece, _ in _pieces_in(items):
             for offset, table in source.annotations(piece):
                 first = piece.first_row + offset
@@ -82,7 +92,7 @@ def bad_rows(config: Config, source: Any, target: Stage) -> list[BadRow]:
         starts = range(0, source.rows, _CHECKED_ROWS)
         items = [{"first": start, "rows": min(_CHECKED_ROWS, source.rows - start)} for start in starts]
     found: list[BadRow] = []
-    for answer in run_items("prepare", items, _find_bad_rows, {"config": to_dict(config)}):
+    for answer in run_items("prepare", items, _find_bad_rows, job_of(config, source)):
         found += [BadRow(**row) for row in json.loads(answer)]
     found.sort(key=lambda row: row.row)
     check_bad_rows(config.data, found)  # type: ignore[arg-type]
@@ -103,7 +113,7 @@ def _kept_bad_rows(target: Stage) -> list[BadRow] | None:
 
 def _find_bad_rows(item: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
     """Runs in a Ray Data task."""
-    source = open_cached(from_dict(arguments["config"]).data)
+    source = opened(arguments)
     found: list[BadRow] = []
     if isinstance(source, ParquetSource):
         piece = _from_json(item["piece"])
@@ -135,7 +145,7 @@ def write_shards(
         places[plan.payload["indices"]] = np.arange(plan.first_id, plan.first_id + plan.rows)
     wanted = [piece for piece in pieces if (places[piece.first_row : piece.first_row + piece.rows] != _NOWHERE).any()]
     layout = source.layout()
-    read = _Read(to_dict(config), layout)
+    read = _Read(job_of(config, source), layout)
     write = _Write(target.folder.uri, target.digest, layout, [_Shard.of(plan) for plan in todo])
     dataset = _of_pieces(wanted, places, info.labels).map_batches(
         read, batch_size=None, batch_format="pyarrow", num_cpus=1
@@ -166,11 +176,11 @@ def _boundaries(todo: Sequence[ShardPlan], row_bytes: int) -> list[int]:
 class _Read:
     """A piece to its rows: row id, input (its bytes), label and source id."""
 
-    def __init__(self, config: Mapping[str, Any], layout: Layout) -> None:
-        self._config, self._layout = config, layout
+    def __init__(self, job: Mapping[str, Any], layout: Layout) -> None:
+        self._job, self._layout = job, layout
 
     def __call__(self, items: pa.Table) -> Iterator[pa.Table]:
-        source = _source(self._config)
+        source = _source(self._job)
         for piece, columns in _pieces_in(items):
             places, labels = columns["places"], columns["labels"]
             for offsets, inputs, ids, bad in source.stream(piece, self._layout, places != _NOWHERE):
@@ -239,8 +249,22 @@ class _Write:
 # --- Ray Data --------------------------------------------------------------------------------------------------------
 
 
-def _source(config: Mapping[str, Any]) -> ParquetSource:
-    source = open_cached(from_dict(config).data)
+def job_of(config: Config, source: AnySource) -> dict[str, Any]:
+    """What a worker needs to open the same source."""
+    return {"config": to_dict(config), "state": state_of(source)}
+
+
+def opened(job: Mapping[str, Any]) -> AnySource:
+    """Runs on a worker: the source of ``job_of``, in the state that the driver saw.
+
+    Raises:
+        RunError: its files are others now.
+    """
+    return open_cached(from_dict(job["config"]).data, job["state"])
+
+
+def _source(job: Mapping[str, Any]) -> ParquetSource:
+    source = opened(job)
     assert isinstance(source, ParquetSource)
     return source
 
