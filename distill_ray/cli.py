@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -207,7 +208,9 @@ def _import_labels(
         if context.config.labels.from_ is None:
             raise UserError("import-labels: no file of logits is named: --logits PATH, or labels.from in the config")
         answer = _stage("label")(context)
-        context.reporter.line(f"import-labels: next: distill-ray run {config} {' '.join(said)}".rstrip())
+        more = ["--allow-import"] if allow_import else []
+        again = shlex.join(["distill-ray", "run", str(config), *(overrides or []), *said, "--out", out, *more])
+        context.reporter.line(f"import-labels: next: {again}")
         return answer
 
     _carry_out(config, [*(overrides or []), *said], _options(out, quiet, json_output, debug), allow_import, work)

@@ -601,7 +601,8 @@ class LabelsConfig(Section):
 
     Or logits that somebody computed already: ``from`` is a Parquet file or folder (a column ``by`` of ids, and a list
     column or one column a class), or a .npy array [rows, classes], with ``ids`` in a .npy file of its own or else in
-    the order of the row ids. ``output`` says what they are; ``auto`` looks at them.
+    the order of the source's own rows, or with ``by: row_id`` of the row ids. ``output`` says what they are; ``auto``
+    looks at them.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -1074,12 +1075,17 @@ def _with_pretrained(model: Any) -> Any:
 
 
 def imports_of(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, import path) of all code that a config names, in a search's space too; ``values`` as plain data."""
+    """(dotted key, import path) of all code that a config names, in a search's space too; ``values`` as plain data.
+
+    A torch.export program is code as well.
+    """
     if isinstance(values, dict):
         for key, value in values.items():
             place = f"{prefix}.{key}" if prefix else str(key)
             if str(key).rpartition(".")[2] in ("import", "import_") and value is not None:  # the alias, and the field
                 yield place, value if isinstance(value, str) else json.dumps(value, default=str)
+            elif key == "format" and value == "export":  # of a checkpoint: torch evaluates text of such a file
+                yield place, value
             else:
                 yield from imports_of(value, place)
     elif isinstance(values, list | tuple):

@@ -15,11 +15,11 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from distill_ray import config as configs
-from distill_ray.config import Config, InputConfig, TeacherInput
+from distill_ray.config import Config, InputConfig, MlpModel, TeacherInput
 from distill_ray.errors import RunError, UserError
-from distill_ray.models import GivenSpec, load_model
+from distill_ray.models import GivenSpec, ModelSpec, load_model, save_model
 from distill_ray.models.formats import detect, fill, open_program, read_state_dict
-from distill_ray.models.given import FLOOR, Member, class_order, recognise, to_logits
+from distill_ray.models.given import FLOOR, Member, check_kind, class_order, is_unclear, recognise, to_logits
 from distill_ray.stages import given
 from distill_ray.stages.label import possible_precision
 from distill_ray.storage import Folder
@@ -135,7 +135,7 @@ def made(config: Config, data: Store, folder: Path) -> tuple[Any, list[str], dic
     place.write_text("model.json", text)
     summary = given.measure(config, spec, place, data, CPU, text.encode())
     place.write_json("summary.json", summary)
-    return load_model(place), notes, summary
+    return load_model(place, allow_import=True), notes, summary
 
 
 def rows_of(data: Store) -> torch.Tensor:
@@ -152,7 +152,8 @@ def test_every_format_gives_the_networks_logits(name: str, data: Store, tmp_path
     path = tmp_path / name
     path.write_bytes(WRITERS[name](net))
     assert detect(path.read_bytes(), str(path)) == KINDS[name]
-    model = {"model": MLP} if KINDS[name] == "state_dict" else {}
+    model: dict[str, Any] = {"model": MLP} if KINDS[name] == "state_dict" else {}
+    model |= {"format": "export"} if KINDS[name] == "export" else {}
     loaded, notes, summary = made(config_of(checkpoint=str(path), **model), data, tmp_path / "folder")
     raw = rows_of(data)
     with torch.no_grad():
@@ -202,6 +203,18 @@ def test_recognise() -> None:
     assert recognise(logits.log_softmax(dim=1)) == "log_probabilities"
     assert recognise(torch.cat([logits.softmax(dim=1), logits])) == "logits"
     assert recognise(torch.tensor([[0.3, 0.4, 0.5]])) == "logits"  # within [0, 1], but not of sum 1
+    assert not is_unclear(torch.tensor([[0.3, 0.4, 0.5]]))
+    assert not is_unclear(logits)
+    assert not is_unclear(logits.softmax(dim=1))
+
+
+def test_rounded_probabilities_are_asked_about_and_taken_at_their_word() -> None:
+    """Three decimals of ten classes: the sums are off by more than arithmetic explains."""
+    soft = torch.tensor([[0.9164] + [0.0094] * 8 + [0.0084]]).round(decimals=3)
+    assert abs(float(soft.sum()) - 1) > 1e-3
+    assert is_unclear(soft)
+    assert check_kind(soft, "probabilities") is None
+    assert check_kind(torch.tensor([[0.5, 0.6]]), "probabilities") == 0
 
 
 def test_a_probability_of_zero_gets_a_floor() -> None:
@@ -335,6 +348,35 @@ def test_a_pickle_that_runs_code_is_refused_with_the_mend(capsys: pytest.Capture
 def test_a_whole_pickled_model_is_refused_too() -> None:
     with pytest.raises(UserError, match="holds more than tensors"):
         read_state_dict(saved(net_of()), "/t.pt", None)
+
+
+def test_an_exported_program_is_code_that_needs_permission(data: Store, tmp_path: Path) -> None:
+    """torch evaluates text of the file while it loads it."""
+    path = tmp_path / "t.pt2"
+    path.write_bytes(exported(net_of()))
+    with pytest.raises(UserError, match=r"is a torch.export program, .* set teacher.format=export and say --allow"):
+        made(config_of(checkpoint=str(path)), data, tmp_path / "folder")
+    config = config_of(checkpoint=str(path), format="export")
+    with pytest.raises(UserError, match="teacher.format: export is code that would run here"):
+        configs.refuse_imports(config)
+    made(config, data, tmp_path / "folder")
+    with pytest.raises(UserError, match="allow_import=True"):
+        load_model(Folder.at(tmp_path / "folder"))
+
+
+def test_a_folder_keeps_its_contract_beside_another_model(data: Store, tmp_path: Path) -> None:
+    """The config's model takes the place of the folder's alone: not of its classes, nor of its input."""
+    classes = list(data.manifest.class_names)
+    spec = ModelSpec(
+        model=MlpModel.model_validate(MLP), input=InputConfig(mean=(0.25,)), shape=SHAPE, dtype="uint8",
+        classes=CLASSES, class_names=tuple(classes[::-1]),
+    )  # fmt: skip
+    save_model(Folder.at(tmp_path / "theirs"), spec, spec.build().net.state_dict())
+    with_model, _, _ = made(config_of(checkpoint=str(tmp_path / "theirs"), model=MLP), data, tmp_path / "a")
+    without, _, _ = made(config_of(checkpoint=str(tmp_path / "theirs")), data, tmp_path / "b")
+    raw = rows_of(data)
+    with torch.no_grad():
+        assert torch.equal(with_model(raw), without(raw))
 
 
 def test_an_export_that_hides_a_pickle_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

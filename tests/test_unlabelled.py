@@ -6,6 +6,7 @@ The last tests go through the real command, with teachers that are given.
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_a_given_teacher_of_own_code_labels_half_labelled_rows(
     (place / "second.pt2").write_bytes(exported(nets.flat(width=24).eval(), example=example))
     (place / "third.pt").write_bytes(scripted(nets.flat(width=24).eval(), example))
     members = [
-        {"checkpoint": "teacher.safetensors", "model": SERVING}, {"checkpoint": "second.pt2"},
+        {"checkpoint": "teacher.safetensors", "model": SERVING}, {"checkpoint": "second.pt2", "format": "export"},
         {"checkpoint": "third.pt"},
     ]  # fmt: skip
     raw = RUN | {"teacher": {"ensemble": members, "weights": [8, 1, 1], "average": "probabilities"}}
@@ -225,8 +226,10 @@ def test_imported_logits_and_no_label_at_all(place: Path, tmp_path: Path) -> Non
     pq.write_table(pa.table({"source_id": names, "logits": column}), path, row_group_size=100)
     done = distill_ray_in(place, "import-labels", config, "--logits", path, "--out", out, "--json", "--allow-import")
     assert done.code == 0, done.stderr
-    assert f'next: distill-ray run {config} labels.from="{path}"' in done.stderr
-    ran = distill_ray_in(place, "run", config, f"labels.from={path}", "--out", out, "--json", "--allow-import")
+    told = next(line for line in done.stderr.splitlines() if line.startswith("import-labels: next: distill-ray "))
+    arguments = shlex.split(told.removeprefix("import-labels: next: distill-ray "))
+    assert arguments == ["run", str(config), f'labels.from="{path}"', "--out", str(out), "--allow-import"]
+    ran = distill_ray_in(place, *arguments, "--json")  # as it says
     assert ran.code == 0, ran.stderr
     assert [stage["status"] for stage in ran.answer["stages"]] == ["reused", "reused", "reused", "ran"]
     teacher, pupil = ran.answer["rows"]

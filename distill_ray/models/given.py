@@ -1,8 +1,9 @@
 """Teachers that are given: weights, TorchScript, torch.export programs and ONNX models, alone or averaged.
 
 What each format may run when it is loaded: a state dict (safetensors, or a torch checkpoint read with
-``weights_only=True``) nothing; an ONNX model the operators of onnxruntime; a torch.export program the operators of
-torch; TorchScript those, some of which read and write files. No pickle is ever loaded.
+``weights_only=True``) nothing; an ONNX model the operators of onnxruntime; TorchScript those of torch, some of which
+read and write files; a torch.export program whatever it likes, since torch evaluates text of the file, so that it needs
+permission. No pickle is ever loaded.
 
 Shapes: B rows, W outputs of one network, C classes of the data.
 """
@@ -25,7 +26,10 @@ from distill_ray.models.classifier import build_classifier, is_ours
 from distill_ray.storage import Folder
 
 FLOOR = torch.finfo(torch.float32).tiny  # of a probability before its logarithm: -87.3 nats
-_SUM_TOLERANCE = 1e-3  # probabilities in float16 or bf16 do not sum to 1 exactly
+_SUM_TOLERANCE = 1e-3  # what is recognised as probabilities: float16 does not sum to 1 exactly
+_ROUNDED = 5e-4  # of each of them, where they were written with three decimals and are said to be probabilities
+_NEAR = 0.05  # of sums that may be meant to be 1
+UNCLEAR = "its outputs lie within [0, 1] and sum to nearly 1: say probabilities, if they were rounded, or logits"
 MemberFormat = Literal["state_dict", "torchscript", "export", "onnx"]
 
 
@@ -213,6 +217,14 @@ def recognise(answer_BW: Tensor) -> Literal["logits", "probabilities", "log_prob
     return "log_probabilities" if is_log_probabilities(values).all() else "logits"
 
 
+def is_unclear(answer_BW: Tensor) -> bool:
+    """Whether outputs are nearly probabilities: rounded ones, taken for logits, would be nearly flat labels."""
+    values = answer_BW.double()
+    within = bool((values >= 0).all() and (values <= 1 + _SUM_TOLERANCE).all())
+    near = bool(_sums_to_one(values, _NEAR + _ROUNDED * values.shape[1]).all())
+    return within and near and not bool(_sums_to_one(values).all())
+
+
 def is_log_probabilities(values_BW: Tensor) -> Tensor:
     """By row [B]."""
     return (values_BW <= _SUM_TOLERANCE).all(dim=1) & _sums_to_one(values_BW.double().exp())
@@ -221,11 +233,12 @@ def is_log_probabilities(values_BW: Tensor) -> Tensor:
 def is_probabilities(values_BW: Tensor) -> Tensor:
     """By row [B]."""
     values = values_BW.double()
-    return (values >= 0).all(dim=1) & (values <= 1 + _SUM_TOLERANCE).all(dim=1) & _sums_to_one(values)
+    right_sum = _sums_to_one(values, _SUM_TOLERANCE + _ROUNDED * values.shape[1])
+    return (values >= 0).all(dim=1) & (values <= 1 + _SUM_TOLERANCE).all(dim=1) & right_sum
 
 
-def _sums_to_one(values_BW: Tensor) -> Tensor:
-    return (values_BW.sum(dim=1) - 1).abs() <= _SUM_TOLERANCE
+def _sums_to_one(values_BW: Tensor, tolerance: float = _SUM_TOLERANCE) -> Tensor:
+    return (values_BW.sum(dim=1) - 1).abs() <= tolerance
 
 
 def check_kind(answer_BW: Tensor, asked: OutputKind) -> int | None:

@@ -145,6 +145,8 @@ def _parsed(raw: Any, place: Folder) -> ModelSpec | GivenSpec:
 def _refuse_code(spec: ModelSpec | GivenSpec, place: Folder, allow_import: bool) -> None:
     models = [member.model for member in spec.members] if isinstance(spec, GivenSpec) else [spec.model]
     named = [model.import_ for model in models if isinstance(model, ImportedModel)]
+    if isinstance(spec, GivenSpec):
+        named += [member.file for member in spec.members if member.format == "export"]
     if named and not allow_import:
         raise UserError(
             f"{place.location(SPEC_FILE)}: names code that would run here, {named[0]}: read it, then say "

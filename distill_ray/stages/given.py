@@ -7,7 +7,7 @@ labels, verify and reuse need nothing of the place they came from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,12 @@ def _file(location: str) -> tuple[Folder, str]:
 # --- the stage ------------------------------------------------------------------------------------------------------
 
 
-def make(context: Context, data: Stage, target: Stage) -> None:
-    """Copy, look, measure; tells the accuracy before anything is labelled."""
+def make(context: Context, data: Stage, target: Stage, is_same: Callable[[], bool] = lambda: True) -> None:
+    """Copy, look, measure; tells the accuracy before anything is labelled.
+
+    Raises:
+        RunError: the files are not those any more that ``target`` is named by.
+    """
     import ray
 
     from distill_ray.stages import model_folder
@@ -108,6 +112,8 @@ def make(context: Context, data: Stage, target: Stage) -> None:
     model_folder.check_model("student", source.data_manifest, context.config.student, placing.student(
         context.config.cluster, nodes, 1))  # fmt: skip
     draft = collect(context.config, source.data_manifest, target.folder)
+    if not is_same():
+        raise RunError("teacher.checkpoint: its content changed while it was read: the same command takes it anew")
     placement = placing.independent(context.config.cluster, nodes, 1)
     job = {
         "config": to_dict(context.config), "data": data, "stage": target, "draft": draft.model_dump(mode="json",
@@ -174,9 +180,14 @@ def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, 
     source, name = _file(member.checkpoint)
     place = source.location(name)
     content = source.read_bytes(name)
-    if source == Folder.at(member.checkpoint) and member.model is None:  # a folder, not the file in it
-        member = _of_folder(key, member, source)
+    if source == Folder.at(member.checkpoint):  # a folder, not the file in it
+        member = _of_folder(key, member, source, data)
     kind = formats.detect(content, place) if member.format in ("auto", "folder") else member.format
+    if kind == "export" and member.format != "export":
+        raise UserError(
+            f"{key}.checkpoint {place}: is a torch.export program, and torch runs text that it holds when it is "
+            f"loaded: if you trust whom it is from, set {key}.format=export and say --allow-import"
+        )
     if kind == "state_dict":
         if member.model is None:
             raise UserError(f"{key}.model: is missing: {place} holds weights alone, and they need their network")
@@ -206,17 +217,26 @@ def _order(key: str, member: GivenTeacher, data: DataManifest) -> tuple[int, ...
     return tuple(range(len(names))) if found is None else tuple(found)
 
 
-def _of_folder(key: str, member: GivenTeacher, folder: Folder) -> GivenTeacher:
+def _of_folder(key: str, member: GivenTeacher, folder: Folder, data: DataManifest) -> GivenTeacher:
     """What the model.json of a finished teacher or student says, where the config does not."""
     from distill_ray.models import ModelSpec, read_spec
 
     spec = read_spec(folder)
     if not isinstance(spec, ModelSpec):
         raise UserError(f"{key}.checkpoint {folder}: is a given teacher itself: name its own files")
-    if isinstance(spec.model, ImportedModel):
+    if member.input is None and spec.shape != data.shape:
+        raise UserError(
+            f"{key}.checkpoint {folder}: takes rows of {list(spec.shape)}, the data has {list(data.shape)}: give "
+            f"{key}.input, with resize or channels"
+        )
+    if isinstance(spec.model, ImportedModel) and member.model is None:
         raise UserError(f"{key}.checkpoint {folder}: its model.json names code: give {key}.model with its import path")
     contract = TeacherInput(scale=spec.input.scale, mean=spec.input.mean, std=spec.input.std)
-    known = {"model": spec.model, "input": member.input or contract, "classes": member.classes or spec.class_names}
+    known = {
+        "model": member.model or spec.model,
+        "input": member.input or contract,
+        "classes": member.classes or spec.class_names,
+    }
     return member.model_copy(update=known)
 
 
@@ -323,7 +343,7 @@ def _check_width(asked: GivenTeacher, width: int, class_names: Sequence[str], ke
 def _kind(output: Any, asked: GivenTeacher, row_ids: Any, key: str) -> str:
     import torch
 
-    from distill_ray.models.given import check_kind, recognise
+    from distill_ray.models.given import UNCLEAR, check_kind, is_unclear, recognise
 
     bad = torch.nonzero(~torch.isfinite(output).all(dim=1))
     if len(bad):
@@ -332,6 +352,8 @@ def _kind(output: Any, asked: GivenTeacher, row_ids: Any, key: str) -> str:
             f"({len(bad)} of {len(output)} rows): its weights are bad, or its input overflows: check teacher.input"
         )
     if asked.output == "auto":
+        if is_unclear(output):
+            raise UserError(f"{key}.output: {UNCLEAR}")
         return recognise(output)
     wrong = check_kind(output, asked.output)
     if wrong is not None:
@@ -353,8 +375,7 @@ def measure(config: Config, spec: Any, folder: Folder, data: Store, device: Any,
     from distill_ray.models.formats import ExportedNet
 
     sha256 = hashlib.sha256(text).hexdigest()
-    names_code = any(isinstance(member.model, ImportedModel) for member in spec.members)
-    model = load_model(folder, expected_sha256=sha256, allow_import=names_code).to(device)
+    model = load_model(folder, expected_sha256=sha256, allow_import=True).to(device)  # the command asked for it
     batch = config.labels.batch_size
     quality = metrics.evaluate(model, read_shards(data, "test"), batch, "fp32", device)
     one_row = torch.from_numpy(next(read_shards(data, "test")).inputs[:1].copy())

@@ -191,13 +191,15 @@ def _placed(context: Context, store: Store) -> Iterator[_Placed]:
 def _as_logits(placed: _Placed, batch: LogitBatch, names: Any, location: str) -> npt.NDArray[np.float32]:
     import torch
 
-    from distill_ray.models.given import check_kind, recognise, to_logits
+    from distill_ray.models.given import UNCLEAR, check_kind, is_unclear, recognise, to_logits
 
     bad = np.flatnonzero(~np.isfinite(batch.values).all(axis=1))
     if len(bad):
         raise UserError(f"labels.from {location}: {names(int(bad[0]))!r} has a number that is not finite")
     values = torch.from_numpy(batch.values.copy() if not batch.values.flags.writeable else batch.values)
     if placed.kind == "auto":
+        if is_unclear(values[:_SAMPLE_ROWS]):
+            raise UserError(f"labels.output: {UNCLEAR}")
         placed.kind = recognise(values[:_SAMPLE_ROWS])
     wrong = check_kind(values, placed.kind)  # type: ignore[arg-type]
     if wrong is not None:

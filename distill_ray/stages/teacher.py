@@ -41,7 +41,7 @@ def run(context: Context) -> Stage:
     if context.config.labels.from_ is not None:
         make = import_labels.make_teacher
     elif context.config.teacher.given:
-        make = given.make
+        make = _make_given
     ahead = "distill_ray.stages.model_folder"
     return context.once("teacher", target, progress.is_whole, lambda: make(context, data, target), ahead=ahead)
 
@@ -60,6 +60,10 @@ def locate(config: Config, out: Folder, data: Stage) -> Stage:
     if code := code_of((f"{key}.model", section.model) for key, section in sections):
         payload["code"] = code
     return artifacts.stage(out, "teacher", payload)
+
+
+def _make_given(context: Context, data: Stage, target: Stage) -> None:
+    given.make(context, data, target, lambda: locate(context.config, context.out, data) == target)
 
 
 def code_of(models: Iterable[tuple[str, Any]]) -> list[str]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections import Counter
@@ -20,12 +21,22 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-from distill_ray import artifacts, placing, runtime
+from distill_ray import artifacts, placing, runtime, usercode
 from distill_ray.artifacts import SUMMARY_FILE, Stage
-from distill_ray.config import Config, TuneConfig, digest_payload
+from distill_ray.config import Config, TuneConfig, digest_payload, imports_of, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import entry, label, prepare, search_results, search_space, search_trial, search_watch, student
+from distill_ray.stages import (
+    entry,
+    label,
+    prepare,
+    search_results,
+    search_space,
+    search_trial,
+    search_watch,
+    student,
+    teacher,
+)
 from distill_ray.stages.context import Context
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
@@ -65,10 +76,15 @@ def run(context: Context) -> dict[str, Any]:
 def locate(inputs: Inputs) -> Stage:
     """The folder of this config's search, finished or not."""
     assert inputs.config.tune is not None
-    payload = {
+    payload: dict[str, Any] = {
         "config": digest_payload(inputs.config.tune), "student": digest_payload(inputs.config.student),
         "seed": inputs.config.student.seeds[0], "data": inputs.data.digest, "labels": inputs.labels.digest,
     }  # fmt: skip
+    named = " ".join(code for _, code in imports_of(to_dict(inputs.config.tune)))
+    code = teacher.code_of([("student.model", inputs.config.student.model)])
+    code += [usercode.fingerprint(path, "tune.space") for path in re.findall(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", named)]
+    if code:
+        payload["code"] = code
     return artifacts.stage(inputs.out, "tune", payload)
 
 
