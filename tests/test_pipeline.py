@@ -186,14 +186,12 @@ def test_students_from_windows_of_shards_and_where_their_time_went(own_copy: Sma
         assert resolved["shuffle"] == "window"
         loss = config.student.loss if row["role"] == "student" else CeLoss(name="ce")
         spec = FitSpec(model_spec(data.data_manifest, config.student.model), config.student.train, loss, 0, "fp32")
-        splits = [StoredSplit(data, split, labels, 256) for split in ("train", "validation")]
-        alone = fit(spec, *splits, Folder.at(tmp_path / row["role"]), Worker(threads=resolved["threads"]))  # type: ignore[arg-type]
+        train, validation = (StoredSplit(data, split, labels, 256) for split in ("train", "validation"))
+        place, worker = Folder.at(tmp_path / row["role"]), Worker(threads=resolved["threads"])
+        alone = fit(spec, train, validation, place, worker)
         assert alone is not None
-        kept = (
-            json.loads((place / "summary.json").read_text())["weights_sha256"]
-            for place in (folder, Path(whole["folder"]))
-        )
-        assert [alone.weights_sha256 == weights for weights in kept] == [True, False]
+        summaries = [json.loads((Path(kept) / "summary.json").read_text()) for kept in (folder, whole["folder"])]
+        assert [alone.weights_sha256 == kept["weights_sha256"] for kept in summaries] == [True, False]
     *stages, total = done.answer["profile"]
     assert [stage["stage"] for stage in stages] == ["start of Ray", "student", "end of Ray"]
     assert all(stages[1][phase] > 0 for phase in ("start-up", "reading", "compute", "evaluation", "checkpoints"))
