@@ -94,7 +94,7 @@ def _write_labels(data: Store, model: Stage, target: Stage) -> Store:
     for record in data.manifest.shards:
         rows = data.data_shard(record)
         logits = logits_of(network, torch.from_numpy(rows.inputs.copy()), 128, "fp32", _CPU)
-        batch = shards.encode_logits(rows.row_ids, logits.numpy())
+        batch = shards.encode_logits(rows.row_ids, logits.numpy(), precision="fp32")
         records.append(shards.write(target.folder, record.split, record.index, batch, store=target.digest))
     manifest = LabelManifest(
         digest=target.digest, code_version="0", classes=data.manifest.classes, class_names=data.manifest.class_names,

@@ -51,6 +51,10 @@ def logits_of(ids: npt.NDArray[np.int64], wrong: int = 0, seed: int = 0) -> npt.
     return logits
 
 
+def label_batch(ids: npt.NDArray[np.int64], wrong: int = 0) -> pa.RecordBatch:
+    return shards.encode_logits(ids, logits_of(ids, wrong), precision="fp32")
+
+
 def data_manifest(records: list[ShardRecord]) -> DataManifest:
     """The manifest of a data store of these shards, not yet written."""
     return DataManifest(
@@ -86,8 +90,7 @@ def make_data(artifacts: Path, digest: str = DATA_DIGEST, seed: int = 0) -> Stor
 def make_labels(artifacts: Path, digest: str = LABELS_DIGEST, wrong: int = 0, **changes: Any) -> Store:
     folder = Folder.at(artifacts / f"labels-{digest}")
     records = [
-        shards.write(folder, split, index, shards.encode_logits(ids, logits_of(ids, wrong)), store=digest)
-        for split, index, ids in plan()
+        shards.write(folder, split, index, label_batch(ids, wrong), store=digest) for split, index, ids in plan()
     ]
     return commit_labels(folder, records, digest=digest, **changes)
 

@@ -36,7 +36,7 @@ from tests.conftest import SmallRun
 from tests.golden import make
 from tests.harness import only
 
-VERSIONS = ("1.0", "1.1")
+VERSIONS = ("1.0", "1.1", "1.2")
 PAGE = (Path(manifests.__file__).parent / "FORMAT.md").read_text()
 SPLITS = ("train", "validation", "test")
 QUIET = Reporter(quiet=True)
@@ -260,7 +260,7 @@ def only_batch(path: Path) -> pa.RecordBatch:
         return reader.get_batch(0)
 
 
-def test_the_present_writer_writes_what_version_1_1_wrote(golden: Stores, tmp_path: Path) -> None:
+def test_the_present_writer_writes_what_the_newest_version_wrote(golden: Stores, tmp_path: Path) -> None:
     """The same columns, types, metadata and values. The bytes around them are pyarrow's and may change with it."""
     for old, new in zip(golden, make.make(tmp_path), strict=True):
         for was, now in zip(records(old), records(new), strict=True):
@@ -282,7 +282,31 @@ def test_version_1_1_added_the_store_to_each_shard_and_nothing_else() -> None:
         assert manifest == without_bytes(old) | {"format_version": "1.1"}
 
 
-@pytest.mark.parametrize(("version", "kept"), [("1.0", False), ("1.1", True)])
+def test_version_1_2_added_the_precision_to_each_label_shard_and_nothing_else() -> None:
+    for old, new in zip(golden_of("1.1"), golden_of("1.2"), strict=True):
+        manifest = without_bytes(new)
+        for was, now in zip(records(old), records(new), strict=True):
+            before, after = only_batch(old / was["file"]), only_batch(new / now["file"])
+            assert after.equals(before)
+            added = {b"precision": b"fp32"} if manifest["kind"] == "labels" else {}
+            assert after.schema.metadata == before.schema.metadata | added
+            assert b"precision" not in before.schema.metadata
+        assert manifest == without_bytes(old) | {"format_version": "1.2"}
+
+
+@pytest.mark.parametrize(("version", "kept"), [("1.1", False), ("1.2", True)])
+def test_an_unfinished_label_store_keeps_shards_of_its_own_precision_from_version_1_2_on(
+    version: str, kept: bool
+) -> None:
+    labels = golden_of(version).labels
+    digest = json.loads((labels / "manifest.json").read_text())["digest"]
+    for record in records(labels):
+        found = shards.recover(Folder.at(labels), record["file"], store=digest, precision="fp32")
+        assert (found is not None and found.model_dump() == record) == kept
+        assert shards.recover(Folder.at(labels), record["file"], store=digest, precision="bf16") is None
+
+
+@pytest.mark.parametrize(("version", "kept"), [("1.0", False), ("1.1", True), ("1.2", True)])
 def test_an_unfinished_store_keeps_its_shards_from_version_1_1_on(version: str, kept: bool) -> None:
     for folder in golden_of(version):
         digest = json.loads((folder / "manifest.json").read_text())["digest"]
@@ -566,7 +590,7 @@ def test_the_page_bounds_the_error_of_float16() -> None:
     """The bounds hold, and no smaller ones would: the worst logit comes within 1 % of each."""
     below = np.geomspace(2.0**-30, 65504, 200_000).astype(np.float32)
     logits = np.stack([np.zeros_like(below), -below], axis=1)
-    stored = shards.decode_logits(shards.encode_logits(np.arange(len(below)), logits), 2).logits[:, 1]
+    stored = shards.decode_logits(shards.encode_logits(np.arange(len(below)), logits, precision="fp32"), 2).logits[:, 1]
     error = np.abs(stored.astype(np.float64) + below)
     normal = below >= 2.0**-14
     assert 0.99 / 2048 < (error / below)[normal].max() <= 1 / 2048

@@ -31,7 +31,7 @@ def rewrite(labels: Store, change: object) -> None:
     for record in labels.manifest.shards:
         shard = labels.label_shard(record)
         logits = change(shard.logits.astype(np.float32))  # type: ignore[operator]
-        batch = shards.encode_logits(shard.row_ids, logits)
+        batch = shards.encode_logits(shard.row_ids, logits, precision=labels.label_manifest.precision)
         written = shards.write(labels.folder, record.split, record.index, batch, store=labels.manifest.digest)
         records.append(written)
     manifest = labels.label_manifest.model_copy(update={"splits": manifests.split_records(records)})

@@ -85,7 +85,7 @@ def test_source_ids_may_be_of_any_type() -> None:
 @given(logits=finite_rows)
 def test_logits_are_stored_minus_the_row_maximum(logits: Any) -> None:
     ids = np.arange(len(logits), dtype=np.int64)
-    found = shards.decode_logits(shards.encode_logits(ids, logits), logits.shape[1])
+    found = shards.decode_logits(shards.encode_logits(ids, logits, precision="fp32"), logits.shape[1])
 
     exact = logits.astype(np.float64) - logits.astype(np.float64).max(axis=1, keepdims=True)
     assert found.row_ids.tolist() == ids.tolist()
@@ -100,7 +100,8 @@ def test_logits_are_stored_minus_the_row_maximum(logits: Any) -> None:
 def test_softmax_survives_a_large_offset() -> None:
     row = np.array([[3.0, 1.0, -2.0]], dtype=np.float32)
     plain, offset = (
-        shards.decode_logits(shards.encode_logits(np.array([0]), values), 3).logits for values in (row, row + 60000)
+        shards.decode_logits(shards.encode_logits(np.array([0]), values, precision="fp32"), 3).logits
+        for values in (row, row + 60000)
     )
     assert plain.tolist() == [[0.0, -2.0, -5.0]]
     assert offset.tolist() == plain.tolist()
@@ -108,7 +109,7 @@ def test_softmax_survives_a_large_offset() -> None:
 
 def test_logits_below_the_range_of_float16_are_clipped() -> None:
     row = np.array([[0.0, -65504.0, -1e6, -3e38], [3e38, -3e38, 0.0, 3e38]], dtype=np.float32)
-    stored = shards.decode_logits(shards.encode_logits(np.arange(2), row), 4).logits
+    stored = shards.decode_logits(shards.encode_logits(np.arange(2), row, precision="fp32"), 4).logits
     assert stored.tolist() == [[0.0, -65504.0, -65504.0, -65504.0], [0.0, -65504.0, -65504.0, 0.0]]
 
 
@@ -117,7 +118,7 @@ def test_non_finite_logits_are_refused_by_row_id(bad: float) -> None:
     logits = np.zeros((4, 3), dtype=np.float32)
     logits[2, 1] = logits[3, 0] = bad
     with pytest.raises(RunError, match=r"non-finite logit for row 702 \(2 such rows"):
-        shards.encode_logits(np.array([700, 701, 702, 703]), logits)
+        shards.encode_logits(np.array([700, 701, 702, 703]), logits, precision="fp32")
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -355,9 +356,7 @@ def test_labels_that_do_not_fit_the_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has 4 classes, the data da7ada7ada7ada7a has 5"):
         read_split(data, "test", other)
     ids = np.arange(49, 57)
-    moved = shards.write(
-        labels.folder, "test", 0, shards.encode_logits(ids, stores.logits_of(ids)), store=stores.LABELS_DIGEST
-    )
+    moved = shards.write(labels.folder, "test", 0, stores.label_batch(ids), store=stores.LABELS_DIGEST)
     records = [moved if (r.split, r.index) == ("test", 0) else r for r in labels.manifest.shards]
     with pytest.raises(UserError, match=r"its row ids are not those of .*run distill-ray verify on both"):
         read_split(data, "test", stores.commit_labels(labels.folder, records))
@@ -406,6 +405,21 @@ def test_keep_finished_takes_no_shard_of_another_store(tmp_path: Path) -> None:
     data = stores.make_data(tmp_path)
     assert keep_finished(stage_of(data.folder, "0" * 16), plans()) == ([], plans())
     assert keep_finished(stage_of(data.folder), plans())[1] == []
+
+
+def test_keep_finished_takes_no_label_shard_of_another_precision(tmp_path: Path) -> None:
+    """Two machines may mean different things by ``auto``, and an object store has no lock to keep them apart."""
+    labels = stores.make_labels(tmp_path)
+    (labels.folder.path / manifests.FILE).unlink()
+    assert keep_finished(stage_of(labels.folder, stores.LABELS_DIGEST), plans(), "fp32")[1] == []
+    assert keep_finished(stage_of(labels.folder, stores.LABELS_DIGEST), plans(), "bf16") == ([], plans())
+
+
+def test_a_label_store_with_a_shard_of_another_precision_is_refused(tmp_path: Path) -> None:
+    labels = stores.make_labels(tmp_path, precision="bf16")
+    record = labels.manifest.shards[0]
+    with pytest.raises(UserError, match=rf"{record.file}.* was made in fp32, the manifest says bf16"):
+        labels.label_shard(record)
 
 
 def test_keep_finished_takes_no_shard_whose_ids_are_shuffled(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_a_foreign_shard_under_its_own_name_is_found(data: Store) -> None:
 
 def test_a_label_shard_of_other_rows_is_no_twin(data: Store, labels: Store) -> None:
     ids = np.arange(15, 7, -1, dtype=np.int64)  # the right rows in another order
-    message = fault_of(swap(labels, 1, shards.encode_logits(ids, stores.logits_of(ids))))
+    message = fault_of(swap(labels, 1, stores.label_batch(ids)))
     assert "2 faults; first: " in message
     assert "its row ids are not 8 to 15, one by one" in message
 
@@ -239,7 +239,7 @@ def test_ids_outside_the_store_are_found(data: Store, capsys: pytest.CaptureFixt
 
 def test_a_shard_with_fewer_rows_than_the_manifest_says_is_found(labels: Store) -> None:
     ids = np.arange(6)
-    message = fault_of(swap(labels, 0, shards.encode_logits(ids, stores.logits_of(ids))))
+    message = fault_of(swap(labels, 0, stores.label_batch(ids)))
     assert "holds 6 rows, the manifest says 8" in message
 
 

@@ -79,7 +79,8 @@ def make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         records = []
         for record in store.manifest.shards:
             ids = np.arange(record.first_id, record.last_id + 1, dtype=np.int64)
-            batch = shards.encode_logits(ids, placed.logits[record.first_id : record.last_id + 1])
+            logits = placed.logits[record.first_id : record.last_id + 1]
+            batch = shards.encode_logits(ids, logits, precision=PRECISION)
             records.append(shards.write(target.folder, record.split, record.index, batch, store=target.digest))
     write_stage_config(target, config_section(context.config, "labels"), {"precision": PRECISION})
     manifest = LabelManifest(

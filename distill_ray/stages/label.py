@@ -60,10 +60,10 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         ShardPlan(shard.split, shard.index, shard.first_id, shard.rows, {"record": shard.model_dump()})
         for shard in source.manifest.shards
     ]
-    records, todo = keep_finished(target, plans)
+    before = recorded(target.folder)
+    records, todo = keep_finished(target, plans, before.get("precision"))
     nodes = context.session.start()
     placement = placing.independent(context.config.cluster, nodes, max(1, len(todo)))
-    before = recorded(target.folder)
     check = before.get("precision_check")
     arguments: dict[str, Any] = {
         "teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri, "target": target,
@@ -213,7 +213,7 @@ class Labeller:
                 with profiling.phase("evaluation"):
                     notes |= {"precision": self._precision, "check": self._compared(inputs, logits)}
             with profiling.phase("writing"):
-                batch = shards.encode_logits(rows.row_ids, logits.numpy())
+                batch = shards.encode_logits(rows.row_ids, logits.numpy(), precision=self._precision)
                 folder, digest = self._target.folder, self._target.digest
                 written = shards.write(folder, record.split, record.index, batch, store=digest)
         return Written(written, notes | {"profile": profile.to_json()})

@@ -55,8 +55,13 @@ class Written:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def keep_finished(target: Stage, plans: Sequence[ShardPlan]) -> tuple[list[ShardRecord], list[ShardPlan]]:
-    """Divide the plans into those whose whole shard an earlier, killed job left in the folder, and the rest."""
+def keep_finished(
+    target: Stage, plans: Sequence[ShardPlan], precision: str | None = None
+) -> tuple[list[ShardRecord], list[ShardPlan]]:
+    """Divide the plans into those whose whole shard an earlier, killed job left in the folder, and the rest.
+
+    Of label shards only those made in ``precision`` count, where one is given.
+    """
     folder = target.folder
     folder.sweep_temporaries()
     left: dict[tuple[str, int], list[str]] = {}
@@ -67,7 +72,7 @@ def keep_finished(target: Stage, plans: Sequence[ShardPlan]) -> tuple[list[Shard
     trusted = _named_before(target)
 
     def recovered(plan: ShardPlan) -> ShardRecord | None:
-        return _whole_shard(target, left.get((plan.split, plan.index), []), plan, trusted)
+        return _whole_shard(target, left.get((plan.split, plan.index), []), plan, trusted, precision)
 
     # Each is read once, from a disk or an object store: threads, since neither reading nor hashing holds the GIL.
     with ThreadPoolExecutor(_RECOVERY_THREADS) as pool:
@@ -85,10 +90,13 @@ def _named_before(target: Stage) -> frozenset[str]:
     return frozenset(record.file for record in manifest.shards) if manifest.digest == target.digest else frozenset()
 
 
-def _whole_shard(target: Stage, names: Sequence[str], plan: ShardPlan, trusted: frozenset[str]) -> ShardRecord | None:
+def _whole_shard(
+    target: Stage, names: Sequence[str], plan: ShardPlan, trusted: frozenset[str], precision: str | None
+) -> ShardRecord | None:
     for name in names:
+        store, made_in = (None, None) if name in trusted else (target.digest, precision)
         try:
-            record = shards.recover(target.folder, name, store=None if name in trusted else target.digest)
+            record = shards.recover(target.folder, name, store=store, precision=made_in)
         except (UserError, FileNotFoundError):  # not a shard, or swept by another writer a moment ago
             continue
         if record is not None and plan.matches(record):

@@ -22,7 +22,7 @@ from distill_ray.storage import Folder
 
 FILE = "manifest.json"
 FORMAT = "distill_ray.store"
-FORMAT_VERSION = "1.1"
+FORMAT_VERSION = "1.2"
 _MAJOR = int(FORMAT_VERSION.split(".")[0])
 # A manifest comes from outside: its file names may not leave the store's folder.
 SHARD_NAME = re.compile(r"(?P<split>[a-z]+)-(?P<index>[0-9]{5,})-(?P<checksum>[0-9a-f]{16})\.arrow\Z")

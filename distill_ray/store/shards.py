@@ -22,6 +22,7 @@ from distill_ray.store.manifest import SHARD_NAME, DataManifest, LabelManifest, 
 MAX_SHARD_BYTES = 100 * 2**20
 ARROW_TYPES = {"uint8": pa.uint8(), "int32": pa.int32(), "float16": pa.float16(), "float32": pa.float32()}
 Ids = npt.NDArray[np.int64]
+_PRECISION = b"precision"  # in the metadata of a label shard: what the teacher ran in
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ def decode_data(batch: pa.RecordBatch, shape: tuple[int, ...]) -> DataShard:
     return DataShard(batch.column("row_id").to_numpy(zero_copy_only=True), inputs, labels)
 
 
-def encode_logits(row_ids: Ids, logits_BC: npt.NDArray[np.float32]) -> pa.RecordBatch:
-    """The record batch of a label shard.
+def encode_logits(row_ids: Ids, logits_BC: npt.NDArray[np.float32], *, precision: str) -> pa.RecordBatch:
+    """The record batch of a label shard; ``precision`` is what the teacher ran in.
 
     The row's maximum is subtracted first: softmax does not change, and float16 keeps its precision near 0, where the
     probable classes are. What lies below float16's range (-65504) is clipped; its probability is 0 at any temperature.
@@ -83,7 +84,10 @@ def encode_logits(row_ids: Ids, logits_BC: npt.NDArray[np.float32]) -> pa.Record
         shifted = logits_BC - logits_BC.max(axis=1, keepdims=True)
     stored = np.maximum(shifted, np.finfo(np.float16).min).astype(np.float16)
     column = pa.FixedSizeListArray.from_arrays(pa.array(stored.reshape(-1)), stored.shape[1])
-    return pa.RecordBatch.from_arrays([pa.array(row_ids, type=pa.int64()), column], names=["row_id", "logits"])
+    schema = pa.schema(
+        [pa.field("row_id", pa.int64()), pa.field("logits", column.type)], metadata={_PRECISION: precision}
+    )
+    return pa.RecordBatch.from_arrays([pa.array(row_ids, type=pa.int64()), column], schema=schema)
 
 
 def decode_logits(batch: pa.RecordBatch, classes: int) -> LabelShard:
@@ -139,8 +143,11 @@ def read(folder: Folder, record: ShardRecord, *, verify: bool, cache: ShardCache
     return _only_batch(buffer, place)
 
 
-def recover(folder: Folder, name: str, *, store: str | None) -> ShardRecord | None:
+def recover(folder: Folder, name: str, *, store: str | None, precision: str | None = None) -> ShardRecord | None:
     """The record of a shard that was left, None where the file is not whole or not of ``store`` (None: of any).
+
+    ``precision``, where it is given, is what a label shard must have been made in: a job that goes on obeys the one
+    that began, and two that run on different hardware do not mix theirs.
 
     The name carries the checksum of the content and the content the store's digest, so a file proves by itself that it
     is complete and where it belongs.
@@ -156,7 +163,10 @@ def recover(folder: Folder, name: str, *, store: str | None) -> ShardRecord | No
     column = batch.schema.get_field_index("row_id")
     if batch.num_rows == 0 or column < 0 or batch.schema.field(column).type != pa.int64():
         return None
-    if store is not None and (batch.schema.metadata or {}).get(b"store") != store.encode():
+    metadata = batch.schema.metadata or {}
+    if store is not None and metadata.get(b"store") != store.encode():
+        return None
+    if precision is not None and metadata.get(_PRECISION) != precision.encode():
         return None
     record = _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
     return record if ids_fault(batch, record) is None else None
@@ -197,6 +207,8 @@ def column_fault(batch: pa.RecordBatch, manifest: DataManifest | LabelManifest) 
             return f"its metadata has shape {said}, the manifest {shape}"
     else:
         wanted["logits"] = pa.list_(pa.float16(), manifest.classes)
+        if (made_in := metadata.get("precision", manifest.precision)) != manifest.precision:  # before 1.2: unsaid
+            return f"was made in {made_in}, the manifest says {manifest.precision}"
     for name, kind in wanted.items():
         number = batch.schema.get_all_field_indices(name)
         if len(number) != 1:

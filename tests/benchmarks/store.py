@@ -132,7 +132,8 @@ def _label_store(folder: Path, rows: int) -> Store:
     for index, first in enumerate(range(0, rows, _SHARD_ROWS)):
         ids = np.arange(first, min(first + _SHARD_ROWS, rows), dtype=np.int64)
         logits = random.standard_normal((len(ids), _CLASSES), dtype=np.float32) * 4
-        records.append(shards.write(place, "train", index, shards.encode_logits(ids, logits), store=LABELS_DIGEST))
+        batch = shards.encode_logits(ids, logits, precision="fp32")
+        records.append(shards.write(place, "train", index, batch, store=LABELS_DIGEST))
     return _commit(place, records)
 
 

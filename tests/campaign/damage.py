@@ -303,7 +303,8 @@ def _foreign_store(ground: Ground) -> Store:
 def halved(store: Store, record: ShardRecord) -> pa.RecordBatch:
     """A shard with half of each logit: right in every other way."""
     shard = store.label_shard(record)
-    return shards.encode_logits(shard.row_ids, shard.logits.astype(np.float32) * np.float32(0.5))
+    made_in = store.label_manifest.precision
+    return shards.encode_logits(shard.row_ids, shard.logits.astype(np.float32) * np.float32(0.5), precision=made_in)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def make(root: Path) -> tuple[Path, Path]:
         logits = np.array([row.logits for row in rows], dtype=np.float32)
         batch = shards.encode_data(ids, inputs, classes, [row.source_id for row in rows])
         data_records.append(shards.write(data, split, index, batch, store=DATA_DIGEST))
-        twin = shards.encode_logits(ids, logits)
+        twin = shards.encode_logits(ids, logits, precision="fp32")
         label_records.append(shards.write(labels, split, index, twin, store=LABELS_DIGEST))
         first += len(rows)
     commit(data, labels, manifests.split_records(data_records), manifests.split_records(label_records))
