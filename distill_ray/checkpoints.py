@@ -10,7 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -58,8 +62,53 @@ class Checkpoint:
         return self.epoch, self.unfinished.steps if self.unfinished is not None else 0
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint with memory of its own: training can go on while it is written."""
+
+    checkpoint: Checkpoint
+    tensors: dict[str, torch.Tensor]
+    header: str
+
+
+class Writer:
+    """Does what it is given in a thread, in order, one thing at a time: checkpoints are hashed, written and uploaded
+    while training goes on. As a context manager it ends when all is done."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: Future[None] | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Start ``work`` when what was given before is done, and wait for that: no more than one snapshot is kept.
+
+        Raises:
+            OSError, or whatever else that raised.
+        """
+        self.wait()
+        self._pending = self._thread.submit(work)
+
+    def wait(self) -> None:
+        """Until all is done; raises as ``submit`` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._thread, suppress(*([] if kind is None else [Exception])):  # the first error is the one to tell
+            self.wait()
+
+
 def save(folder: Folder, checkpoint: Checkpoint) -> None:
     """Write the checkpoint, then drop those that are of no use any more."""
+    write(folder, snapshot(checkpoint))
+
+
+def snapshot(checkpoint: Checkpoint) -> Snapshot:
+    """A copy of all that ``checkpoint`` refers to."""
     tensors = {f"{_MODEL}{name}": tensor for name, tensor in checkpoint.model.items()}
     tensors |= {f"{_AVERAGE}{name}": tensor for name, tensor in (checkpoint.average or {}).items()}
     plain: dict[str, dict[str, Any]] = {}
@@ -76,7 +125,13 @@ def save(folder: Folder, checkpoint: Checkpoint) -> None:
     }  # fmt: skip
     # A copy: safetensors wants contiguous memory of its own, channels_last weights are not contiguous.
     owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    data = save_tensors(owned, metadata={_HEADER: json.dumps(header)})
+    return Snapshot(checkpoint, owned, json.dumps(header))
+
+
+def write(folder: Folder, taken: Snapshot) -> None:
+    """As ``save``, of a snapshot."""
+    checkpoint = taken.checkpoint
+    data = save_tensors(taken.tensors, metadata={_HEADER: taken.header})
     checksum = hashlib.sha256(data).hexdigest()[:16]
     within = "" if checkpoint.unfinished is None else f"-steps-{checkpoint.unfinished.steps:09d}"
     folder.write_bytes(f"epoch-{checkpoint.epoch:05d}{within}-{checksum}.safetensors", data)

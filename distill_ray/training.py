@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -84,7 +85,8 @@ def fit(
     """Train to the last epoch, continuing from the folder's newest whole checkpoint, and write the best model.
 
     Every worker calls it with the same arguments but ``worker``; under more than one, torch.distributed is initialised
-    and the folder is one that all of them see. ``on_epoch`` is called by every worker after each epoch's checkpoint.
+    and the folder is one that all of them see. ``on_epoch`` is called by every worker after each epoch,
+    whose checkpoint is being written then, by a thread; it is there when ``fit`` ends, in whatever way.
     ``must_save`` is asked every few steps, by every worker alike, and has to tell all of them the same: whether a
     checkpoint is wanted now, as when a node is about to go.
 
@@ -97,7 +99,20 @@ def fit(
     keep_freed_memory()
     precision.exact_fp32()
     torch.set_num_threads(worker.threads)
-    state = _State.start(spec, folder / CHECKPOINTS, worker, must_save)
+    with checkpoints.Writer() as writer:
+        _train(_State.start(spec, folder, worker, must_save, writer), train, validation, on_epoch)
+        with profiling.phase("checkpoints"):
+            writer.wait()
+            return export_best(spec.model, folder) if worker.rank == 0 else None
+
+
+def _train(
+    state: _State,
+    train: SplitArrays | StoredSplit,
+    validation: SplitArrays | StoredSplit,
+    on_epoch: Callable[[dict[str, float]], None],
+) -> None:
+    spec, worker = state.spec, state.worker
     rows, held_out = Rows(train, worker.device), Rows(validation, worker.device)
     while not is_over(state.history, spec.train.epochs, spec.train.early_stop_epochs):
         epoch = len(state.history) + 1
@@ -109,10 +124,8 @@ def fit(
         except RuntimeError as error:
             raise _as_out_of_memory(error, spec.train) from None
         with profiling.phase("checkpoints"):
-            state.finish_epoch(epoch, row, folder)
+            state.finish_epoch(epoch, row)
         on_epoch(row)
-    with profiling.phase("checkpoints"):
-        return export_best(spec.model, folder) if worker.rank == 0 else None
 
 
 def export_best(model: ModelSpec, folder: Folder) -> FitResult:
@@ -148,7 +161,8 @@ class _State:
 
     spec: FitSpec
     worker: Worker
-    checkpoints: Folder
+    folder: Folder
+    writer: checkpoints.Writer
     classifier: Classifier
     model: nn.Module  # the classifier, wrapped for data parallelism where there is more than one worker
     average: AveragedModel | None
@@ -162,12 +176,14 @@ class _State:
     class_weights: Tensor | None
 
     @classmethod
-    def start(cls, spec: FitSpec, folder: Folder, worker: Worker, must_save: Callable[[], bool]) -> _State:
+    def start(
+        cls, spec: FitSpec, folder: Folder, worker: Worker, must_save: Callable[[], bool], writer: checkpoints.Writer
+    ) -> _State:
         if worker.rank == 0:
-            folder.sweep_temporaries()
+            (folder / CHECKPOINTS).sweep_temporaries()
         torch.manual_seed(spec.seed)
         classifier = spec.model.build().to(worker.device)
-        saved = checkpoints.latest(folder)
+        saved = checkpoints.latest(folder / CHECKPOINTS)
         if saved is not None:
             classifier.net.load_state_dict(saved.model)
         average = averaged(classifier.net, spec.train.ema_decay)
@@ -180,34 +196,38 @@ class _State:
             load_state(optimizer, saved.optimizer)
             scaler.load_state_dict(saved.scaler)
         return cls(
-            spec, worker, folder, classifier, _wrapped(classifier, spec.train, worker), average, optimizer, scaler,
+            spec, worker, folder, writer, classifier, _wrapped(classifier, spec.train, worker), average, optimizer,
+            scaler,
             saved.history if saved is not None else [], saved.best_epoch if saved is not None else 0,
             saved.unfinished if saved is not None else None, time.monotonic(), must_save,
             None if spec.class_weights is None else torch.tensor(spec.class_weights, device=worker.device),
         )  # fmt: skip
 
-    def finish_epoch(self, epoch: int, row: dict[str, float], folder: Folder) -> None:
+    def finish_epoch(self, epoch: int, row: dict[str, float]) -> None:
         """Checkpoint, then the epoch's line: what stands in metrics.jsonl has its checkpoint."""
         self.history = [*self.history, row]
         self.best_epoch = best_epoch(self.history)
         self.unfinished = None
         self.save(epoch)
-        if self.worker.rank == 0:
-            folder.write_text(METRICS_FILE, "".join(json.dumps(line) + "\n" for line in self.history))
 
     def save(self, epoch: int, unfinished: Unfinished | None = None) -> None:
-        """The state after ``epoch`` whole epochs, and after ``unfinished`` of the next."""
+        """The state after ``epoch`` whole epochs, and after ``unfinished`` of the next; a thread writes it."""
         self.saved_at = time.monotonic()
         if self.worker.rank != 0:
             return
         average = None if self.average is None else self.average.module.state_dict()
-        checkpoints.save(
-            self.checkpoints,
-            Checkpoint(
-                epoch, self.classifier.net.state_dict(), average, self.optimizer.state_dict(),
-                self.scaler.state_dict(), self.history, self.best_epoch, unfinished,
-            ),
-        )  # fmt: skip
+        taken = checkpoints.snapshot(Checkpoint(
+            epoch, self.classifier.net.state_dict(), average, self.optimizer.state_dict(),
+            self.scaler.state_dict(), self.history, self.best_epoch, unfinished,
+        ))  # fmt: skip
+        self.writer.submit(partial(_write, self.folder, taken))
+
+
+def _write(folder: Folder, taken: checkpoints.Snapshot) -> None:
+    checkpoints.write(folder / CHECKPOINTS, taken)
+    if taken.checkpoint.unfinished is None:
+        lines = "".join(json.dumps(line) + "\n" for line in taken.checkpoint.history)
+        folder.write_text(METRICS_FILE, lines)
 
 
 def _wrapped(classifier: Classifier, train: TrainConfig, worker: Worker) -> nn.Module:
@@ -273,12 +293,16 @@ def _train_epoch(state: _State, rows: Rows, epoch: int) -> dict[str, float]:
         set_lr(state.optimizer, lr)
         torch.manual_seed(order.mix(spec.seed, step) + worker.rank)  # dropout: a function of (seed, step, rank)
         sums.add(_step(state, batch), batch.share, step)
-        if index + 1 < steps_per_epoch and _is_due(state, index + 1):
+        within = index + 1 < steps_per_epoch
+        noticed = within and (index + 1) % _STEPS_BETWEEN_CLOCKS == 0 and state.must_save()
+        if noticed or (within and _is_due(state, index + 1)):
             _refuse_divergence(state, epoch, sums.first_bad)
             spent = time.perf_counter() - started + (before.seconds if before is not None else 0.0)
             unfinished = Unfinished(index + 1, sums.over_all_workers(worker), sums.labelled, spent)
             with profiling.phase("checkpoints"):
                 state.save(epoch - 1, unfinished)
+                if noticed:
+                    state.writer.wait()
     _refuse_divergence(state, epoch, sums.first_bad)
     total, ce, kd = sums.over_all_workers(worker)
     seconds = time.perf_counter() - started + (before.seconds if before is not None else 0.0)
@@ -290,10 +314,8 @@ def _train_epoch(state: _State, rows: Rows, epoch: int) -> dict[str, float]:
 
 
 def _is_due(state: _State, steps: int) -> bool:
-    """Whether a checkpoint within the epoch is due; all workers agree, by a notice or by rank 0's clock."""
+    """Whether a checkpoint within the epoch is due; all workers agree, by rank 0's clock."""
     every_s, worker = state.spec.train.checkpoint_every_s, state.worker
-    if steps % _STEPS_BETWEEN_CLOCKS == 0 and state.must_save():
-        return True
     if every_s is None or (worker.world_size > 1 and steps % _STEPS_BETWEEN_CLOCKS):
         return False
     due = torch.tensor(float(time.monotonic() - state.saved_at >= every_s), device=worker.device)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import threading
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ from torch import multiprocessing as mp
 from torch import nn
 
 from distill_ray import artifacts, checkpoints, losses, optimizing, training
-from distill_ray.checkpoints import Checkpoint
 from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
 from distill_ray.errors import RunError
 from distill_ray.losses import Share
@@ -312,19 +314,57 @@ def test_a_kill_within_an_epoch_costs_no_more_than_its_last_checkpoint(
 
 def test_checkpoints_within_an_epoch_are_few_and_go_when_it_ends(tmp_path: Path) -> None:
     names: list[set[str]] = []
-    original = checkpoints.save
+    original = checkpoints.write
 
-    def watching(folder: Folder, checkpoint: Checkpoint) -> None:
-        original(folder, checkpoint)
+    def watching(folder: Folder, taken: checkpoints.Snapshot) -> None:
+        original(folder, taken)
         names.append(set(folder.names()))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "save", watching)
+        patch.setattr(checkpoints, "write", watching)
         trained(spec_of(checkpoint_every_s=1e-9), tmp_path)
     within = [sum("-steps-" in name for name in seen) for seen in names]
     assert max(within) == 2
     assert within[5::6] == [0, 0, 0]  # at the end of each epoch
     assert max(map(len, names)) <= 5
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, step, steps, went_on = checkpoints.write, optimizing.apply_gradients, count(1), threading.Event()
+
+    def stepping(*arguments: Any) -> None:
+        step(*arguments)
+        if next(steps) == 7:  # an epoch has 6
+            went_on.set()
+
+    def waiting(folder: Folder, taken: checkpoints.Snapshot) -> None:
+        assert taken.checkpoint.epoch > 1 or went_on.wait(60), "the second epoch waited for the first's checkpoint"
+        original(folder, taken)
+
+    monkeypatch.setattr(checkpoints, "write", waiting)
+    monkeypatch.setattr(training, "apply_gradients", stepping)
+    slow = trained(spec_of(), tmp_path / "slow")
+    monkeypatch.undo()
+    assert slow.weights_sha256 == trained(spec_of(), tmp_path / "quick").weights_sha256
+
+
+@pytest.mark.parametrize("at_epoch", [1, 3])
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_epoch: int
+) -> None:
+    original, epochs = checkpoints.write, list[float]()
+
+    def full(folder: Folder, taken: checkpoints.Snapshot) -> None:
+        if taken.checkpoint.epoch == at_epoch:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(folder, taken)
+
+    monkeypatch.setattr(checkpoints, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained(spec_of(), tmp_path, on_epoch=lambda row: epochs.append(row["epoch"]))
+    assert epochs == [1, 2, 3][:at_epoch]  # told at the next one at the latest, of the last at the end
+    lines = tmp_path / artifacts.METRICS_FILE
+    assert (len(lines.read_text().splitlines()) if lines.exists() else 0) == at_epoch - 1
 
 
 def test_a_damaged_checkpoint_within_an_epoch_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
