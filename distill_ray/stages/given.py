@@ -64,13 +64,12 @@ def content_sha256(location: str, key: str, *, only_look: bool = False) -> str:
     folder, name = _file(location)
     try:
         with impatience():
-            size = folder.size(name)
-        if size is None:
+            state = folder.state(name)
+        if state is None:
             raise FileNotFoundError(location)
         if only_look:
             return ""
-        changed = (folder.path / name).stat().st_mtime_ns if folder.is_local else 0
-        found = _sha256(folder, name, size, changed)
+        found = _sha256(folder, name, state)
         if folder != Folder.at(location):
             return found
         specs = [folder.read_bytes(spec) for spec in (SPEC_FILE, "config.json") if folder.exists(spec)]
@@ -83,7 +82,7 @@ def content_sha256(location: str, key: str, *, only_look: bool = False) -> str:
 
 
 @lru_cache(maxsize=64)
-def _sha256(folder: Folder, name: str, size: int, changed: int) -> str:
+def _sha256(folder: Folder, name: str, state: tuple[Any, ...]) -> str:
     return hashlib.sha256(folder.buffer(name)).hexdigest()
 
 
