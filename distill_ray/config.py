@@ -366,10 +366,14 @@ class ImportedModel(_ForeignModel):
     kwargs: dict[str, Any] = setting({})
 
 
+_OF_TIMM = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
 class TimmModel(_ForeignModel):
     """An image model of timm: ``timm.create_model(model, num_classes, in_chans, **kwargs)``. Nothing is downloaded.
 
-    ``pretrained`` is a local file of weights to start from; the head is made anew where the classes differ.
+    ``pretrained`` is a local file of weights to start from, safetensors or a torch checkpoint that holds tensors alone
+    (no pickle is loaded); the head is made anew where the classes differ.
     """
 
     name: Literal["timm"]
@@ -380,13 +384,14 @@ class TimmModel(_ForeignModel):
     @field_validator("kwargs")
     @classmethod
     def _ours(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _without(value, ("num_classes", "in_chans", "pretrained", "checkpoint_path"))
+        return _without(value, (*_OF_TIMM, "num_classes", "in_chans"))
 
 
 class TransformersModel(_ForeignModel):
     """An image classifier of transformers: ``model`` is its type (``vit``, ``resnet``, ...), ``kwargs`` its config's.
 
-    ``pretrained`` is a local folder with ``config.json`` and ``model.safetensors`` to start from.
+    ``pretrained`` is a local folder with ``config.json`` (of that type; its sizes hold, where ``kwargs`` do not say
+    others) and ``model.safetensors`` to start from; the head is made anew where the classes differ.
     """
 
     name: Literal["transformers"]

@@ -166,8 +166,9 @@ class _State:
         if worker.rank == 0:
             folder.sweep_temporaries()
         torch.manual_seed(spec.seed)
-        classifier = spec.model.build().to(worker.device)
         saved = checkpoints.latest(folder)
+        start = spec.model if saved is None else spec.model.bare()  # its own weights follow
+        classifier = start.build().to(worker.device)
         if saved is not None:
             classifier.net.load_state_dict(saved.model)
         average = averaged(classifier.net, spec.train.ema_decay)

@@ -174,7 +174,7 @@ def collect(config: Config, data: DataManifest, folder: Folder) -> Any:
 
 
 def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, folder: Folder) -> Any:
-    from distill_ray.models import formats
+    from distill_ray.models import foreign, formats
     from distill_ray.models.given import GivenMember
 
     source, name = _file(member.checkpoint)
@@ -198,7 +198,8 @@ def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, 
     file = f"{Path(WEIGHTS_FILE).stem}{f'-{number}' if number else ''}.{_SUFFIXES[kind]}"
     folder.write_bytes(file, content)
     return GivenMember(
-        file=file, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), format=kind, model=member.model,
+        file=file, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), format=kind,
+        model=None if member.model is None else foreign.bare(member.model, f"{key}.model"),
         input=member.input, output=member.output, width=_width(member, data),
         order=None if member.classes is None else _order(key, member, data),
     )  # fmt: skip
@@ -242,13 +243,13 @@ def _of_folder(key: str, member: GivenTeacher, folder: Folder, data: DataManifes
 
 def _fitting(key: str, member: GivenTeacher, data: DataManifest, content: bytes, place: str) -> bytes:
     """The weights of a state dict as safetensors, once they are seen to fit the model."""
-    from distill_ray.models import formats
     from distill_ray.models.given import build_given
     from distill_ray.models.saved import to_safetensors
+    from distill_ray.models.weights import fill, read_state_dict
 
     contract = member.input or _as_teacher_input(data.input)
     net = build_given(member.model, contract, data.shape, _width(member, data), f"{key}.model")
-    return to_safetensors(formats.fill(net, formats.read_state_dict(content, place, member.key), place))
+    return to_safetensors(fill(net, read_state_dict(content, place, member.key), place))
 
 
 def _as_teacher_input(contract: InputConfig) -> TeacherInput:
