@@ -1056,15 +1056,46 @@ def _absolute_checkpoints(config: Config) -> Config:
     """Files of given models and logits, from where the command is typed."""
     teacher, labels = config.teacher, config.labels
     teacher = _moved(teacher, "checkpoint").model_copy(
-        update={"ensemble": tuple(_moved(member, "checkpoint") for member in teacher.ensemble)}
+        update={"ensemble": tuple(_of_member(member) for member in teacher.ensemble)}
     )
     student = config.student.model_copy(update={"model": _with_pretrained(config.student.model)})
     teacher = teacher.model_copy(update={"model": _with_pretrained(teacher.model)})
     labels = _moved(_moved(labels, "from_"), "ids")
-    return config.model_copy(update={"teacher": teacher, "labels": labels, "student": student})
+    return config.model_copy(
+        update={"teacher": teacher, "labels": labels, "student": student, "tune": _with_pretrained_space(config.tune)}
+    )
+
+
+def _with_pretrained_space(tune: TuneConfig | None) -> TuneConfig | None:
+    """Pretrained weights that a search's space names, from where the command is typed."""
+    if tune is None:
+        return None
+
+    def moved(key: str, option: Any) -> Any:
+        if key == "model.pretrained" and isinstance(option, str):
+            return _absolute("tune.space.model.pretrained", option)
+        if key == "model" and isinstance(option, dict) and isinstance(where := option.get("pretrained"), str):
+            return option | {"pretrained": _absolute("tune.space.model", where)}
+        return option
+
+    space = {
+        key: entry.model_copy(
+            update={
+                kind: tuple(moved(key, option) for option in options)
+                for kind in ("choice", "grid")
+                if (options := getattr(entry, kind)) is not None
+            }
+        )
+        for key, entry in tune.space.items()
+    }
+    return tune.model_copy(update={"space": space})
 
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _of_member(member: GivenTeacher) -> GivenTeacher:
+    return _moved(member, "checkpoint").model_copy(update={"model": _with_pretrained(member.model)})
 
 
 def _moved(section: SectionT, key: str) -> SectionT:

@@ -14,12 +14,15 @@ from safetensors.torch import save_file
 
 import distill_ray
 from distill_ray import config as configs
+from distill_ray.artifacts import stage
 from distill_ray.config import AnyModel, CeLoss, InputConfig, ModelConfig, TrainConfig
 from distill_ray.errors import UserError
 from distill_ray.footprint import step_bytes
 from distill_ray.models import ModelSpec, load_classifier, read_spec, save_model
 from distill_ray.models.classifier import check_output, count_parameters
+from distill_ray.stages import given, tune
 from distill_ray.stages.export import largest_difference, to_program
+from distill_ray.stages.search_space import Inputs
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays
 from distill_ray.training import FitSpec, Worker, fit
@@ -270,3 +273,31 @@ def test_mistakes_in_a_model_are_told_by_the_config(model: dict[str, Any], told:
     raw_config = {"name": "x", "data": {"source": "glyph62"}, "teacher": {"model": {"name": "mlp"}}}
     with pytest.raises(UserError, match=told):
         configs.from_dict(raw_config | {"student": {"model": model}})
+
+
+@pytest.mark.parametrize("key", ["model", "model.pretrained"])
+def test_pretrained_weights_in_a_searchs_space_are_part_of_what_it_is(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, model = tmp_path / "r.pt", {"name": "timm", "model": "resnet18"}
+    option: Any = "r.pt" if key == "model.pretrained" else model | {"pretrained": "r.pt"}
+    raw_config = {
+        "name": "x", "data": {"source": "glyph62"}, "teacher": {"model": {"name": "mlp"}}, "student": {"model": model},
+        "tune": {"space": {key: {"choice": [option]}}},
+    }  # fmt: skip
+    out = Folder.at(tmp_path / "runs")
+    inputs = Inputs(configs.from_dict(raw_config), out, stage(out, "data", {}), stage(out, "labels", {}))
+    with pytest.raises(UserError, match=rf"tune.space {file}: no such file"):
+        tune.locate(inputs)
+    file.write_bytes(b"one")
+    before = tune.locate(inputs)
+    file.write_bytes(b"two")
+    assert tune.locate(inputs) != before
+
+
+def test_pretrained_weights_that_are_not_there_are_told_before_any_work(tmp_path: Path) -> None:
+    raw_config = {"name": "x", "data": {"source": "glyph62"}, "teacher": {"model": {"name": "mlp"}}}
+    model = {"name": "timm", "model": "resnet18", "pretrained": str(tmp_path / "r.pt")}
+    with pytest.raises(UserError, match=r"student.model.pretrained .*r.pt: no such file"):
+        given.check_present(configs.from_dict(raw_config | {"student": {"model": model}}))

@@ -38,6 +38,8 @@ def check_present(config: Config) -> None:
     for key, section in sections:
         if isinstance(section.model, ImportedModel):
             usercode.fingerprint(section.model.import_, f"{key}.model.import")
+        elif (pretrained := getattr(section.model, "pretrained", None)) is not None:
+            content_sha256(pretrained, f"{key}.model.pretrained", only_look=True)
     for key, member in keyed(config):
         content_sha256(member.checkpoint, f"{key}.checkpoint", only_look=True)
     for key, place in (("labels.from", config.labels.from_), ("labels.ids", config.labels.ids)):
