@@ -27,6 +27,7 @@ from typing import Any
 from distill_ray.errors import UserError
 
 _COMPILED = tuple(sorted({f".{suffix.rpartition('.')[2]}" for suffix in EXTENSION_SUFFIXES}))
+_OURS = Path(__file__).parent
 _loaded: dict[str, str] = {}  # by module, the SHA-256 of the file of one's own that this process has run
 
 
@@ -226,9 +227,11 @@ def _whole(module: str, found: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _is_local(file: Path) -> bool:
-    """Neither of an installed package nor of Python itself. Not a question of where this process runs: a worker must
-    answer it as the command does."""
-    if {"site-packages", "dist-packages"} & set(file.parts):
+    """Neither of an installed package (this one counts as such, wherever it is) nor of Python itself.
+
+    Not a question of where this process runs: a worker must answer it as the command does.
+    """
+    if {"site-packages", "dist-packages"} & set(file.parts) or file.is_relative_to(_OURS):
         return False
     return not any(file.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
 

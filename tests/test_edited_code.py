@@ -44,6 +44,7 @@ def test_what_is_trained_is_the_code_that_names_the_folder(tmp_path: Path) -> No
     here = write_package(tmp_path / "here")
     train = {"epochs": 1, "batch_size": 256, "precision": "fp32"}
     config = SMALL_RUN | {
+        "data": {"source": "glyph62", "rows": 620, "shard_rows": 310},
         "teacher": {"model": {"name": "mlp", "hidden": [8]}, "train": train},
         "labels": {"precision": "fp32"}, "tracking": {"wandb": {"mode": "disabled"}},
         "student": {"model": {"import": "my_pkg.nets:flat"}, "train": train, "seeds": [0]},

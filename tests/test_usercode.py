@@ -180,6 +180,13 @@ def test_an_editable_install_by_a_finder_is_seen(here: Path, monkeypatch: pytest
     assert usercode.fingerprint("uses_it:x", "k") != before
 
 
+def test_this_package_is_nobodys_own_code(here: Path) -> None:
+    """Where it is installed to be edited, too: it would travel to the workers, and be imported anew, otherwise."""
+    (here / "uses_ours.py").write_text("from distill_ray.models import mlp\nfrom distill_ray.errors import UserError\n")
+    assert set(usercode.local_files("uses_ours")) == {"uses_ours"}
+    assert usercode.local_files("distill_ray.models.mlp") == {}
+
+
 def test_what_lies_in_an_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         archive.writestr("zipped.py", "x = 1\n")
