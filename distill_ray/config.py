@@ -366,10 +366,14 @@ class ImportedModel(_ForeignModel):
     kwargs: dict[str, Any] = setting({})
 
 
+_OF_TIMM = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
 class TimmModel(_ForeignModel):
     """An image model of timm: ``timm.create_model(model, num_classes, in_chans, **kwargs)``. Nothing is downloaded.
 
-    ``pretrained`` is a local file of weights to start from; the head is made anew where the classes differ.
+    ``pretrained`` is a local file of weights to start from, safetensors or a torch checkpoint that holds tensors alone
+    (no pickle is loaded); the head is made anew where the classes differ.
     """
 
     name: Literal["timm"]
@@ -380,13 +384,14 @@ class TimmModel(_ForeignModel):
     @field_validator("kwargs")
     @classmethod
     def _ours(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return _without(value, ("num_classes", "in_chans", "pretrained", "checkpoint_path"))
+        return _without(value, (*_OF_TIMM, "num_classes", "in_chans"))
 
 
 class TransformersModel(_ForeignModel):
     """An image classifier of transformers: ``model`` is its type (``vit``, ``resnet``, ...), ``kwargs`` its config's.
 
-    ``pretrained`` is a local folder with ``config.json`` and ``model.safetensors`` to start from.
+    ``pretrained`` is a local folder with ``config.json`` (of that type; its sizes hold, where ``kwargs`` do not say
+    others) and ``model.safetensors`` to start from; the head is made anew where the classes differ.
     """
 
     name: Literal["transformers"]
@@ -1051,15 +1056,46 @@ def _absolute_checkpoints(config: Config) -> Config:
     """Files of given models and logits, from where the command is typed."""
     teacher, labels = config.teacher, config.labels
     teacher = _moved(teacher, "checkpoint").model_copy(
-        update={"ensemble": tuple(_moved(member, "checkpoint") for member in teacher.ensemble)}
+        update={"ensemble": tuple(_of_member(member) for member in teacher.ensemble)}
     )
     student = config.student.model_copy(update={"model": _with_pretrained(config.student.model)})
     teacher = teacher.model_copy(update={"model": _with_pretrained(teacher.model)})
     labels = _moved(_moved(labels, "from_"), "ids")
-    return config.model_copy(update={"teacher": teacher, "labels": labels, "student": student})
+    return config.model_copy(
+        update={"teacher": teacher, "labels": labels, "student": student, "tune": _with_pretrained_space(config.tune)}
+    )
+
+
+def _with_pretrained_space(tune: TuneConfig | None) -> TuneConfig | None:
+    """Pretrained weights that a search's space names, from where the command is typed."""
+    if tune is None:
+        return None
+
+    def moved(key: str, option: Any) -> Any:
+        if key == "model.pretrained" and isinstance(option, str):
+            return _absolute("tune.space.model.pretrained", option)
+        if key == "model" and isinstance(option, dict) and isinstance(where := option.get("pretrained"), str):
+            return option | {"pretrained": _absolute("tune.space.model", where)}
+        return option
+
+    space = {
+        key: entry.model_copy(
+            update={
+                kind: tuple(moved(key, option) for option in options)
+                for kind in ("choice", "grid")
+                if (options := getattr(entry, kind)) is not None
+            }
+        )
+        for key, entry in tune.space.items()
+    }
+    return tune.model_copy(update={"space": space})
 
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _of_member(member: GivenTeacher) -> GivenTeacher:
+    return _moved(member, "checkpoint").model_copy(update={"model": _with_pretrained(member.model)})
 
 
 def _moved(section: SectionT, key: str) -> SectionT:

@@ -83,11 +83,14 @@ def _read_npy(location: str, ids: str | None, classes: int) -> Iterator[LogitBat
     names = None if ids is None else _mapped(ids, "labels.ids")
     if names is not None and (names.ndim != 1 or len(names) != len(values)):
         raise UserError(f"labels.ids {ids}: is {list(names.shape)}, expected one id for each of the {len(values)} rows")
+    if names is not None and names.dtype.kind not in "iufUS":
+        raise UserError(f"labels.ids {ids}: holds {names.dtype}: save the ids as numbers or text")
     step = _rows_at_once(classes)
     for start in range(0, len(values), step):
         part = slice(start, start + step)
         chosen = None if names is None else pa.array(names[part])
-        yield LogitBatch(start, chosen, np.asarray(values[part], dtype=np.float32))
+        with np.errstate(over="ignore"):  # it becomes infinite, which is refused with the row's id
+            yield LogitBatch(start, chosen, np.asarray(values[part], dtype=np.float32))
 
 
 def _mapped(location: str, key: str) -> npt.NDArray[Any]:
@@ -107,22 +110,22 @@ def _mapped(location: str, key: str) -> npt.NDArray[Any]:
 
 def _read_parquet(location: str, by: str, class_names: Sequence[str]) -> Iterator[LogitBatch]:
     filesystem, path = _filesystem(location)
-    first = 0
+    first, place = 0, f"labels.from {location}"
     try:
-        dataset = pads.dataset(path, filesystem=filesystem, format="parquet")
-        columns = _columns(dataset.schema, location, by, class_names)
-        rows = _rows_at_once(len(class_names))
-        for batch in dataset.scanner(columns=[by, *columns], batch_size=rows).to_batches():
-            if batch.num_rows:
-                yield LogitBatch(first, batch.column(0), _values(batch, columns, len(class_names), location, first))
-            first += batch.num_rows
+        for file in pads.dataset(path, filesystem=filesystem, format="parquet").get_fragments():
+            place, schema = f"labels.from {file.path}", file.physical_schema  # its own, where files differ
+            columns = _columns(schema, place, by, class_names)
+            scanner = file.scanner(schema=schema, columns=[by, *columns], batch_size=_rows_at_once(len(class_names)))
+            for batch in scanner.to_batches():
+                if batch.num_rows:
+                    yield LogitBatch(first, batch.column(0), _values(batch, columns, len(class_names), place, first))
+                first += batch.num_rows
     except (pa.ArrowException, OSError) as error:  # Arrow reports some broken files as OSError
-        raise UserError(f"labels.from {location}: is no whole Parquet file ({_line(error)[:200]})") from None
+        raise UserError(f"{place}: is no whole Parquet file ({_line(error)[:200]})") from None
 
 
-def _columns(schema: pa.Schema, location: str, by: str, class_names: Sequence[str]) -> list[str]:
+def _columns(schema: pa.Schema, place: str, by: str, class_names: Sequence[str]) -> list[str]:
     """The columns that hold the numbers: a list column, or one column a class in the order of the data's classes."""
-    place = f"labels.from {location}"
     if by not in schema.names:
         raise UserError(f"{place}: has no column {by!r}, only {', '.join(schema.names)[:200]}: labels.by names the ids")
     others = [field for field in schema if field.name != by]
@@ -149,21 +152,56 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _values(
-    batch: pa.RecordBatch, columns: Sequence[str], classes: int, location: str, first: int
+    batch: pa.RecordBatch, columns: Sequence[str], classes: int, place: str, first: int
 ) -> npt.NDArray[np.float32]:
     """The numbers of a batch [B, C]; a null becomes NaN, which is refused later with the row's id."""
     if len(columns) > 1 or not _is_list(batch.column(1).type):
-        parts = [batch.column(i).cast(pa.float32()).to_numpy(zero_copy_only=False) for i in range(1, batch.num_columns)]
-        return np.stack(parts, axis=1)
+        return np.stack([_floats(batch, i, 1, place, first) for i in range(1, batch.num_columns)], axis=1)
     column = batch.column(1)
     lengths = pc.list_value_length(column).fill_null(-1).to_numpy(zero_copy_only=False)
     wrong = np.flatnonzero(lengths != classes)
     if len(wrong):
         held = "no numbers" if lengths[wrong[0]] < 0 else f"{lengths[wrong[0]]} numbers"
-        raise UserError(f"labels.from {location}: row {first + wrong[0]} has {held}, the data has {classes} classes")
-    flat = column.flatten().cast(pa.float32()).to_numpy(zero_copy_only=False)
-    values: npt.NDArray[np.float32] = flat.reshape(-1, classes)
+        raise UserError(
+            f"{place}: {_row(batch, int(wrong[0]), first)} has {held} in column {columns[0]!r}, the data has {classes} "
+            "classes: give one number for each"
+        )
+    return _floats(batch, 1, classes, place, first).reshape(-1, classes)
+
+
+def _floats(batch: pa.RecordBatch, column: int, width: int, place: str, first: int) -> npt.NDArray[np.float32]:
+    """The numbers of a column, ``width`` to a row, end to end.
+
+    Raises:
+        UserError: it holds something else, or a number that float32 cannot hold; names column, row and id.
+    """
+    held = batch.column(column).flatten() if width > 1 or _is_list(batch.column(column).type) else batch.column(column)
+    name, kind = batch.schema.names[column], held.type
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind)):
+        raise UserError(f"{place}: column {name!r} holds {kind}, expected numbers: cast it to float32, or remove it")
+    try:
+        values: npt.NDArray[np.float32] = held.cast(pa.float32()).to_numpy(zero_copy_only=False)
+    except pa.ArrowException:
+        wrong = first_uncast(held, pa.float32())
+        raise UserError(
+            f"{place}: {_row(batch, wrong // width, first)} has {held[wrong].as_py()!r} ({kind}) in column {name!r}, "
+            "which float32 does not hold: write logits as floats"
+        ) from None
     return values
+
+
+def first_uncast(values: pa.Array, kind: pa.DataType) -> int:
+    """The number of the first value that is none of ``kind``; there is one."""
+    for number in range(len(values)):
+        try:
+            values[number].cast(kind)
+        except pa.ArrowException:
+            return number
+    raise ValueError(f"every value is {kind}")
+
+
+def _row(batch: pa.RecordBatch, row: int, first: int) -> str:
+    return f"row {first + row} ({batch.schema.names[0]} {batch.column(0)[row].as_py()!r})"
 
 
 def _rows_at_once(classes: int) -> int:

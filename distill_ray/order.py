@@ -88,6 +88,17 @@ def part(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
     return mine
 
 
+def least_rows(rows: int, batch_size: int, world_size: int, parts: int) -> int:
+    """The fewest rows that a worker puts through the network at once in an epoch: of its share of the last or of a
+    whole batch, in ``parts``. A worker without a share takes one row that does not count."""
+    found = []
+    for batch in {min(batch_size, rows), rows % batch_size} - {0}:
+        for share in {batch // world_size, -(-batch // world_size)}:
+            at_once = -(-max(1, share) // parts)
+            found.append(max(1, share) % at_once or at_once)
+    return min(found)
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """A permutation of ``count`` rows."""
     return torch.randperm(count, generator=_generator(seed, epoch))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Session:
             placing.preflight(self._config, self._nodes)
             check_every_node(self._out, self._source_path())
             check_cuda(placing.independent(self._config.cluster, self._nodes, 1).gpus)
+            if not self._ours:
+                check_code(self._modules())
         return self._nodes
 
     def _init(self) -> None:
@@ -94,9 +96,7 @@ class Session:
         """
         if self.address == "local" or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
             return None
-        named = " ".join(code for _, code in imports_of(to_dict(self._config)))
-        modules = re.findall(r"([A-Za-z_][\w.]*):[A-Za-z_]", named)
-        files = {name: file for module in modules for name, file in usercode.local_files(module).items()}
+        files = {name: file for module in self._modules() for name, file in usercode.local_files(module).items()}
         if not files:
             return None
         self._staged = tempfile.TemporaryDirectory(prefix="distill-ray-code-")
@@ -105,6 +105,11 @@ class Session:
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
         return {"working_dir": self._staged.name}
+
+    def _modules(self) -> list[str]:
+        """That the config names code in."""
+        named = " ".join(code for _, code in imports_of(to_dict(self._config)))
+        return sorted(set(re.findall(r"([A-Za-z_][\w.]*):[A-Za-z_]", named)))
 
     def _source_path(self) -> str | None:
         path = getattr(self._config.data, "path", None)
@@ -256,6 +261,35 @@ def check_cuda(gpus: float) -> None:
             return  # the GPUs are busy with other work: the stages wait for them as anyone does
         except Exception as error:
             raise as_run_error("cluster", error) from error
+
+
+def check_code(modules: Sequence[str]) -> None:
+    """Where Ray was there before the run, so that no code travelled with it: its workers must see the same code.
+
+    Raises:
+        UserError: they see none, or an older copy; results would stand under the digest of code that did not make them.
+    """
+    if not modules:
+        return
+    ray = _import_ray()
+    here = [usercode.fingerprint(module, "import") for module in modules]
+    try:
+        there = ray.get(ray.remote(num_cpus=0)(_seen).remote(modules), timeout=_NODE_CHECK_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        late = f"no worker said within {_NODE_CHECK_TIMEOUT_S:.0f} s what it sees of {modules[0]}"
+        raise UserError(f"cluster: {late}") from None
+    for module, ours, theirs in zip(modules, here, there, strict=True):
+        if ours != theirs:
+            what = "do not find it" if theirs is None else "have other source of it than is here"
+            raise UserError(
+                f"{module}: the workers of the Ray that was running before {what}: call ray.shutdown(), the run starts "
+                "its own"
+            )
+
+
+def _seen(modules: Sequence[str]) -> list[str | None]:
+    """Runs in a Ray task."""
+    return [usercode.fingerprint(m, "import") if usercode.find(m) is not None else None for m in modules]
 
 
 def data() -> Any:

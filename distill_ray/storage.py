@@ -121,6 +121,28 @@ class Folder:
         info = self._asked(lambda: filesystem.get_file_info(f"{base}/{name}"))
         return int(info.size) if info.type == pafs.FileType.File else None
 
+    def state(self, name: str) -> tuple[Any, ...] | None:
+        """What the storage says of the file: where its content has changed, its state has. None where there is none.
+
+        On object stores with the entity tag, where there is one: times there are in whole seconds.
+        """
+        if self.is_local:
+            try:
+                found = (self.path / name).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+        filesystem, base = _remote(self.uri)
+        info = self._asked(lambda: filesystem.get_file_info(f"{base}/{name}"))
+        if info.type != pafs.FileType.File:
+            return None
+
+        def tag() -> Any:
+            with filesystem.open_input_stream(f"{base}/{name}", compression=None) as stream:
+                return (stream.metadata() or {}).get("ETag")
+
+        return int(info.size), info.mtime_ns, self._asked(tag)
+
     def sizes(self) -> dict[str, int]:
         """Bytes of each finished file of this folder by name; empty where the folder does not exist. One listing."""
         return {name: size for name, size, _ in self._entries()}

@@ -182,8 +182,9 @@ class _State:
         if worker.rank == 0:
             (folder / CHECKPOINTS).sweep_temporaries()
         torch.manual_seed(spec.seed)
-        classifier = spec.model.build().to(worker.device)
         saved = checkpoints.latest(folder / CHECKPOINTS)
+        start = spec.model if saved is None else spec.model.bare()  # its own weights follow
+        classifier = start.build().to(worker.device)
         if saved is not None:
             classifier.net.load_state_dict(saved.model)
         average = averaged(classifier.net, spec.train.ema_decay)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +13,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save as save_tensors
 from torch import nn
 
 from distill_ray import config as configs
-from distill_ray.config import Config, InputConfig, MlpModel, TeacherInput
+from distill_ray import metrics
+from distill_ray.config import Config, InputConfig, MlpModel, ModelConfig, TeacherInput
 from distill_ray.errors import RunError, UserError
 from distill_ray.models import GivenSpec, ModelSpec, load_model, save_model
-from distill_ray.models.formats import detect, fill, open_program, read_state_dict
+from distill_ray.models.formats import OnnxNet, detect, open_program
 from distill_ray.models.given import FLOOR, Member, check_kind, class_order, is_unclear, recognise, to_logits
+from distill_ray.models.weights import fill, read_state_dict
 from distill_ray.stages import given
 from distill_ray.stages.label import possible_precision
 from distill_ray.storage import Folder
 from distill_ray.store import Store
 from tests import stores
 from tests.harness import distill_ray, write_config
+from tests.object_store import BUCKET, object_store
 from tests.unlabelled import write_data
 
 SHAPE, CLASSES = stores.SHAPE, stores.CLASSES
@@ -313,6 +319,28 @@ def test_a_finished_folder_is_a_teacher(data: Store, tmp_path: Path) -> None:
         assert torch.allclose(loaded(raw), student(raw).flip(1), atol=1e-4)
 
 
+def test_the_pretrained_folder_that_named_its_architecture_is_not_needed_again(data: Store, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8,
+             "patch_size": 2}  # fmt: skip
+    vit = {"name": "transformers", "model": "vit", "kwargs": sizes}
+    spec = ModelSpec(
+        model=TypeAdapter(ModelConfig).validate_python(vit), input=InputConfig(), shape=SHAPE, dtype="uint8",
+        classes=CLASSES, class_names=tuple("abcde"),
+    )  # fmt: skip
+    net = spec.build().net.eval()
+    net.save_pretrained(tmp_path / "vit")  # type: ignore[operator]
+    (tmp_path / "vit" / "model.safetensors").unlink()  # sizes are all that is asked of it
+    path = tmp_path / "t.safetensors"
+    path.write_bytes(save_tensors(dict(net.state_dict())))
+    model = {"name": "transformers", "model": "vit", "pretrained": str(tmp_path / "vit")}
+    made(config_of(checkpoint=str(path), model=model), data, tmp_path / "folder")
+    shutil.rmtree(tmp_path / "vit")
+    raw = rows_of(data)
+    with torch.no_grad():
+        assert torch.allclose(load_model(str(tmp_path / "folder"))(raw), net((raw / 255 - 0.5) / 0.5).logits, atol=1e-4)
+
+
 def test_the_accuracy_is_measured_and_compared_with_the_largest_class(data: Store, tmp_path: Path) -> None:
     path = tmp_path / "t.pt"
     path.write_bytes(scripted(net_of()))
@@ -325,6 +353,57 @@ def test_the_accuracy_is_measured_and_compared_with_the_largest_class(data: Stor
         "accuracy": pytest.approx((best == labels).mean()), "rows": len(labels), "split": "test",
         "majority": pytest.approx(np.bincount(labels).max() / len(labels)),
     }  # fmt: skip
+
+
+def test_an_onnx_teachers_latency_is_that_of_one_thread(
+    data: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "t.onnx"
+    seen: list[int] = []
+    path.write_bytes(onnx_of(net_of()))
+
+    def note(model: nn.Module, example: torch.Tensor, device: torch.device) -> float:
+        sessions = [module._session[0] for module in model.modules() if isinstance(module, OnnxNet)]
+        seen.extend(session.get_session_options().intra_op_num_threads for session in sessions)
+        return 1.0
+
+    monkeypatch.setattr(metrics, "latency_ms", note)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        made(config_of(checkpoint=str(path)), data, tmp_path / "folder")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+
+
+def test_a_file_that_is_overwritten_in_place_is_another_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same size, within a second, in one process; on a disk with its old times, too."""
+    import os
+
+    path = tmp_path / "t.pt"
+    path.write_bytes(b"a" * 64)
+    before, times = given.content_sha256(str(path), "k"), path.stat()
+    path.write_bytes(b"b" * 64)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert given.content_sha256(str(path), "k") != before
+    with object_store() as store:
+        for name, value in store.environment().items():
+            monkeypatch.setenv(name, value)
+        client, place = store.client(), f"s3://{BUCKET}/teachers/t.pt"
+        client.put_object(Bucket=BUCKET, Key="teachers/t.pt", Body=b"a" * 64)
+        assert given.content_sha256(place, "k") == before
+        hits = given._sha256.cache_info().hits
+        assert given.content_sha256(place, "k") == before
+        assert given._sha256.cache_info().hits == hits + 1  # it is not fetched again
+        client.put_object(Bucket=BUCKET, Key="teachers/t.pt", Body=b"b" * 64)
+        assert given.content_sha256(place, "k") == hashlib.sha256(b"b" * 64).hexdigest()
+        with pytest.raises(UserError, match="no such file"):
+            given.content_sha256(f"s3://{BUCKET}/teachers/gone.pt", "k")
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -445,7 +524,11 @@ def test_where_the_weights_lie_is_found_or_asked_for() -> None:
     ):  # fmt: skip
         assert read_state_dict(saved(content), "/t.pt", key).keys() == weights.keys()
     for content, key, told in (
-        ({"model": weights, "ema": weights}, None, "several sets of weights: choose one with teacher.key: model, ema"),
+        (
+            {"model": weights, "ema": weights},
+            None,
+            r"sets of weights \(model, ema\): name where they lie",
+        ),
         ({"a": {"b": weights}}, None, "holds no weights, but a mapping of a: name where they lie with teacher.key"),
         ({"a": {"b": weights}}, "a.c", "teacher.key a.c: /t.pt has no 'c' there, only: b"),
     ):

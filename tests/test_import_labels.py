@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -167,7 +170,7 @@ def test_what_is_no_logit_is_refused(out: Path, data: Store, tmp_path: Path) -> 
     with refused(out, "l.parquet: is no whole Parquet file"):
         stored(context(out, **{"from": str(path)}))
     parquet(path, names, values()[:, :7])
-    with refused(out, "row 0 has 7 numbers, the data has 62 classes"):
+    with refused(out, rf"row 0 \(source_id '{names[0]}'\) has 7 numbers in column 'logits', the data has 62 classes"):
         stored(context(out, **{"from": str(path)}))
     parquet(path, names, values(), by="id")
     with refused(out, "has no column 'source_id', only id, logits"):
@@ -187,6 +190,73 @@ def test_what_is_no_logit_is_refused(out: Path, data: Store, tmp_path: Path) -> 
     np.save(tmp_path / "m.npy", values(rows=300))
     with refused(out, "10 of 310 rows missing"):
         stored(context(out, **{"from": str(tmp_path / "m.npy")}))
+
+
+def test_numbers_that_cannot_be_read_are_told_by_file_column_and_row(out: Path, data: Store, tmp_path: Path) -> None:
+    names, logits = ids_of(data), values()
+    (tmp_path / "parts").mkdir()
+    path = tmp_path / "parts" / "1.parquet"
+    parquet(tmp_path / "parts" / "0.parquet", names[:9], logits[:9])
+    whole = [[int(number) for number in row] for row in logits]
+    whole[200][3] = 2**24 + 1
+    for column, told in (
+        ([["a"] * CLASSES] * 301, r"1.parquet: column 'logits' holds string, expected numbers: cast it to float32"),
+        (whole[9:], rf"1.parquet: row 200 \(source_id '{names[200]}'\) has 16777217 \(int64\) in column 'logits', "),
+    ):
+        pq.write_table(pa.table({"source_id": names[9:], "logits": column}), path)
+        with refused(out, told):
+            for _ in logit_files._read_parquet(str(tmp_path / "parts"), "source_id", data.manifest.class_names):
+                pass
+    classes = list(data.manifest.class_names)
+    columns: dict[str, Any] = {name: logits[:, c] for c, name in enumerate(classes)}
+    columns[classes[4]] = [row[4] for row in whole]
+    columns[classes[4]][7] = 2**24 + 1
+    pq.write_table(pa.table({"source_id": names, **columns}), tmp_path / "scalars.parquet")
+    with refused(out, rf"scalars.parquet: row 7 \(source_id '{names[7]}'\) has 16777217 .* in column '{classes[4]}'"):
+        stored(context(out, **{"from": str(tmp_path / "scalars.parquet")}))
+
+
+def test_ids_that_are_not_those_of_the_data_are_told_by_file_and_row(out: Path, data: Store, tmp_path: Path) -> None:
+    path = tmp_path / "l.parquet"
+    numbers: list[Any] = list(map(str, range(310)))
+    numbers[8] = "eight"
+    for given, told in (
+        (numbers, r"labels.from .*l.parquet: row_id 'eight' \(row 8, string\) is no int64, which the data's ids are"),
+        ([*numbers[:5], None, *numbers[6:]], r"labels.from .*l.parquet: row 5 of the file has no row_id"),
+    ):
+        parquet(path, given, values(), by="row_id")
+        with refused(out, told):
+            stored(context(out, **{"from": str(path), "by": "row_id"}))
+    np.save(tmp_path / "n.npy", values())
+    np.save(tmp_path / "ids.npy", np.zeros(310, dtype=bool))
+    with refused(out, r"labels.ids .*ids.npy: holds bool: save the ids as numbers or text"):
+        stored(context(out, **{"from": str(tmp_path / "n.npy"), "ids": str(tmp_path / "ids.npy")}))
+
+
+def test_the_scratch_lies_beside_the_runs_and_its_room_is_taken_at_once(
+    out: Path, data: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "n.npy", values())
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    asked: list[int] = []
+
+    def full(descriptor: int, start: int, size: int) -> None:
+        asked.append(size)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        with refused(out, rf"import-labels: {out}: no room for 0.1 MiB of logits .*No space left.*another --out"):
+            stored(context(out, **{"from": str(tmp_path / "n.npy"), "by": "row_id"}))
+    assert asked == [4 * 310 * CLASSES]
+    before = sorted(path.name for path in out.iterdir())
+    assert same(stored(context(out, **{"from": str(tmp_path / "n.npy"), "by": "row_id"})), values())
+    assert sorted(path.name for path in out.iterdir()) == before
+    with (
+        pytest.raises(UserError, match=r"import-labels: /nowhere: no room for .*: make room there, or set TMPDIR"),
+        import_labels._scratch((2, 3), Folder("s3://bucket/runs")),
+    ):
+        pass
 
 
 def test_a_file_that_changes_between_measuring_and_writing_is_refused(out: Path, data: Store, tmp_path: Path) -> None:

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
+from safetensors.torch import save_file
 
 import distill_ray
 from distill_ray import config as configs
+from distill_ray.artifacts import stage
 from distill_ray.config import AnyModel, CeLoss, InputConfig, ModelConfig, TrainConfig
 from distill_ray.errors import UserError
 from distill_ray.footprint import step_bytes
-from distill_ray.models import ModelSpec, load_classifier, save_model
+from distill_ray.models import ModelSpec, load_classifier, read_spec, save_model
 from distill_ray.models.classifier import check_output, count_parameters
+from distill_ray.stages import given, tune
 from distill_ray.stages.export import largest_difference, to_program
+from distill_ray.stages.search_space import Inputs
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays
 from distill_ray.training import FitSpec, Worker, fit
@@ -131,11 +135,64 @@ def test_transformers_starts_from_a_local_folder_with_another_head(tmp_path: Pat
 
 
 @pytest.mark.skipif(not HERE["transformers"], reason="transformers is not installed")
-def test_what_transformers_does_not_know_is_one_line() -> None:
-    for wrong in ({**VIT, "model": "vitt"}, {**VIT, "kwargs": {"patch_size": 0}}):
-        with pytest.raises(UserError, match=r"student.model transformers vitt?: making it fails: ") as caught:
-            spec_of(model_of(**wrong)).build(key="student.model")
-        assert "\n" not in str(caught.value)
+def test_what_was_trained_from_a_pretrained_folder_does_not_need_it_again(tmp_path: Path) -> None:
+    """The folder's sizes are recorded; a continued training reads its own checkpoint, not the folder's weights."""
+    pretrained = tmp_path / "vit"
+    spec_of(model_of(**VIT), classes=9).build().net.save_pretrained(pretrained)  # type: ignore[operator]
+    model = model_of(name="transformers", model="vit", pretrained=str(pretrained), kwargs={"hidden_dropout_prob": 0.0})
+    inputs = np.random.default_rng(0).integers(0, 256, (8, *SHAPE)).astype(np.uint8)
+    rows = SplitArrays(np.arange(8), inputs, np.arange(8) % CLASSES, None)
+    for epochs in (1, 2):
+        train = TrainConfig(epochs=epochs, batch_size=4, precision="fp32")
+        spec = FitSpec(spec_of(model), train, CeLoss(name="ce"), 0, "fp32")
+        assert fit(spec, rows, rows, Folder.at(tmp_path / "out"), Worker()) is not None
+        (pretrained / "model.safetensors").unlink(missing_ok=True)
+    raw_rows = torch.from_numpy(inputs)
+    before = distill_ray.load_model(str(tmp_path / "out"))(raw_rows)
+    (pretrained / "config.json").unlink()
+    loaded = load_classifier(str(tmp_path / "out"))
+    assert torch.equal(loaded(raw_rows), before)
+    assert "pretrained" not in (read_spec(Folder.at(tmp_path / "out")).model_dump_json(exclude_none=True))
+    assert largest_difference(to_program(loaded, "uint8"), loaded, raw_rows) < 1e-4
+
+
+@pytest.mark.skipif(not HERE["transformers"], reason="transformers is not installed")
+def test_a_pretrained_folder_is_told_apart_and_computed_in_fp32(tmp_path: Path) -> None:
+    folder = tmp_path / "vit"
+    spec_of(model_of(**VIT)).build().net.bfloat16().save_pretrained(folder)  # type: ignore[operator]
+    started = spec_of(model_of(**VIT, pretrained=str(folder))).build()
+    assert {p.dtype for p in started.parameters()} == {torch.float32}
+    check_output(started, SHAPE, "uint8", CLASSES, "teacher.model")
+    with pytest.raises(UserError, match=r"student.model.pretrained .*vit: holds a vit, not a deit: set .*model=vit"):
+        spec_of(model_of(name="transformers", model="deit", pretrained=str(folder))).build(key="student.model")
+    weights = {"other.weight": torch.zeros(2, 2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model.pretrained .*vit: no weight in it is one of this vit"):
+        spec_of(model_of(**VIT, pretrained=str(folder))).build()
+
+
+@pytest.mark.skipif(not HERE["transformers"], reason="transformers is not installed")
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"model": "vitt"}, r"student.model.model vitt: is no type of image classifier of transformers; did .*'vit'"),
+        ({"model": "bert"}, r"student.model.model bert: is no type of image classifier"),
+        ({"model": "timm_wrapper"}, r"student.model.model timm_wrapper: is timm's, .*: set student.model.name=timm"),
+        ({"kwargs": {"patch_size": 0}}, r"student.model transformers vit: making it fails: "),
+        ({"kwargs": {"attn_implementation": "a/b"}}, r"kwargs.attn_implementation a/b: .*nothing is downloaded"),
+    ],
+)
+def test_what_transformers_does_not_know_is_one_line(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        spec_of(model_of(**(VIT | wrong))).build(key="student.model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["timm", "transformers"])
+@pytest.mark.parametrize("model", ["hf-hub:timm/resnet18", "local-dir:/models/x", "google/vit-base-patch16-224"])
+def test_addresses_of_models_are_refused(name: str, model: str) -> None:
+    with pytest.raises(UserError, match=r"student.model.model .*: is the address of a model.*nothing is downloaded"):
+        spec_of(model_of(name=name, model=model)).build(key="student.model")
 
 
 # --- timm -----------------------------------------------------------------------------------------------------------
@@ -147,6 +204,40 @@ def test_an_image_model_of_timm_by_its_name() -> None:
     net = spec.build().eval()
     check_output(net, (1, 32, 32), "uint8", CLASSES, "student.model")
     assert net(raw(2, (1, 32, 32))).shape == (2, CLASSES)
+    with pytest.raises(UserError, match=r"student.model.model resnet81: is no model of timm; did you mean 'resnet"):
+        spec_of(model_of(name="timm", model="resnet81")).build(key="student.model")
+
+
+@pytest.mark.skipif(not HERE["timm"], reason="timm is not installed")
+@pytest.mark.parametrize("format_", ["safetensors", "pt"])
+def test_a_model_of_timm_starts_from_a_file_that_it_does_not_need_again(tmp_path: Path, format_: str) -> None:
+    shape, file = (3, 32, 32), tmp_path / f"r.{format_}"
+    theirs = spec_of(model_of(name="timm", model="resnet18"), shape).build().net
+    save_file(theirs.state_dict(), file) if format_ == "safetensors" else torch.save(theirs.state_dict(), file)
+    model = model_of(name="timm", model="resnet18", pretrained=str(file))
+    same = spec_of(model, shape).build()
+    assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in same.net.state_dict().items())
+    other = spec_of(model, shape, classes=3).build()
+    assert torch.equal(other.net.state_dict()["conv1.weight"], theirs.state_dict()["conv1.weight"])
+    check_output(other, shape, "uint8", 3, "student.model")
+    folder = Folder.at(tmp_path / "trained")
+    save_model(folder, spec_of(model, shape), same.net.state_dict())
+    file.unlink()
+    assert torch.equal(load_classifier(folder)(raw(2, shape)).isfinite(), torch.ones(2, CLASSES, dtype=torch.bool))
+    with pytest.raises(UserError, match=r"model.pretrained: .*: no such file: nothing is downloaded"):
+        spec_of(model, shape).build()
+
+
+@pytest.mark.skipif(not HERE["timm"], reason="timm is not installed")
+def test_what_timm_cannot_start_from_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "r.pt"
+    model = model_of(name="timm", model="resnet18", pretrained=str(file))
+    torch.save({"model": torch.nn.Linear(2, 2)}, file)  # a pickled object
+    with pytest.raises(UserError, match=r"pretrained .*r.pt: holds more than tensors, so that loading it could run"):
+        spec_of(model).build()
+    torch.save({"other.weight": torch.zeros(2, 2)}, file)
+    with pytest.raises(UserError, match=r"r.pt: no weight in it is one of resnet18, but other.weight"):
+        spec_of(model).build()
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------
@@ -170,6 +261,7 @@ def test_images_are_what_they_take() -> None:
     ("model", "told"),
     [
         ({"name": "timm", "model": "x", "kwargs": {"pretrained": True}}, "pretrained is not for kwargs"),
+        ({"name": "timm", "model": "x", "kwargs": {"pretrained_cfg": {"url": "x"}}}, "pretrained_cfg is not for kw"),
         ({"name": "timm", "model": "x", "kwargs": {"num_classes": 3}}, "num_classes is not for kwargs"),
         ({"name": "transformers", "model": "x", "kwargs": {"trust_remote_code": True}}, "trust_remote_code is not"),
         ({"name": "resnet", "norm": "layer"}, "norm"),
@@ -181,3 +273,31 @@ def test_mistakes_in_a_model_are_told_by_the_config(model: dict[str, Any], told:
     raw_config = {"name": "x", "data": {"source": "glyph62"}, "teacher": {"model": {"name": "mlp"}}}
     with pytest.raises(UserError, match=told):
         configs.from_dict(raw_config | {"student": {"model": model}})
+
+
+@pytest.mark.parametrize("key", ["model", "model.pretrained"])
+def test_pretrained_weights_in_a_searchs_space_are_part_of_what_it_is(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, model = tmp_path / "r.pt", {"name": "timm", "model": "resnet18"}
+    option: Any = "r.pt" if key == "model.pretrained" else model | {"pretrained": "r.pt"}
+    raw_config = {
+        "name": "x", "data": {"source": "glyph62"}, "teacher": {"model": {"name": "mlp"}}, "student": {"model": model},
+        "tune": {"space": {key: {"choice": [option]}}},
+    }  # fmt: skip
+    out = Folder.at(tmp_path / "runs")
+    inputs = Inputs(configs.from_dict(raw_config), out, stage(out, "data", {}), stage(out, "labels", {}))
+    with pytest.raises(UserError, match=rf"tune.space {file}: no such file"):
+        tune.locate(inputs)
+    file.write_bytes(b"one")
+    before = tune.locate(inputs)
+    file.write_bytes(b"two")
+    assert tune.locate(inputs) != before
+
+
+def test_pretrained_weights_that_are_not_there_are_told_before_any_work(tmp_path: Path) -> None:
+    raw_config = {"name": "x", "data": {"source": "glyph62"}, "teacher": {"model": {"name": "mlp"}}}
+    model = {"name": "timm", "model": "resnet18", "pretrained": str(tmp_path / "r.pt")}
+    with pytest.raises(UserError, match=r"student.model.pretrained .*r.pt: no such file"):
+        given.check_present(configs.from_dict(raw_config | {"student": {"model": model}}))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sys
+import time
+import zipfile
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -32,6 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_pkg"]:
         del sys.modules[name]
+    usercode._loaded.clear()
 
 
 def model(path: str = "my_pkg.nets:flat", **kwargs: object) -> ImportedModel:
@@ -109,6 +115,134 @@ def test_relative_imports_are_followed(here: Path) -> None:
 def test_an_installed_package_counts_as_a_whole(here: Path) -> None:
     assert usercode.fingerprint("torchmetrics:Metric", "k") == usercode.fingerprint("torchmetrics.metric:Metric", "k")
     assert usercode.local_files("torchmetrics.metric") == {}
+
+
+def test_compiled_modules_count_and_travel(here: Path) -> None:
+    (here / "my_pkg" / "fast.py").write_text("from my_pkg import kernels\n")
+    built = here / "my_pkg" / f"kernels{EXTENSION_SUFFIXES[0]}"
+    built.write_bytes(b"first build")
+    before = usercode.fingerprint("my_pkg.fast:x", "k")
+    assert usercode.relative_path("my_pkg.kernels", usercode.local_files("my_pkg.fast")["my_pkg.kernels"]) == (
+        Path("my_pkg") / built.name
+    )
+    built.write_bytes(b"other build")  # of the same size
+    assert usercode.fingerprint("my_pkg.fast:x", "k") != before
+
+
+def test_an_installed_package_counts_with_its_compiled_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages" / "their_space" / "their_pkg"  # below a namespace
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    seen = [usercode.fingerprint("their_space.their_pkg.nets:x", "k")]
+    for name in ("later.py", f"_C{EXTENSION_SUFFIXES[0]}"):  # neither is imported by nets
+        (package / name).write_text("")
+        seen.append(usercode.fingerprint("their_space.their_pkg.nets:x", "k"))
+    assert len(set(seen)) == 3
+    assert usercode.local_files("their_space.their_pkg.nets") == {}
+
+
+def test_namespace_packages_are_followed_through_all_their_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, name, text in (("a", "nets", "import space.inner.layers\n"), ("b", "layers", "")):
+        folder = tmp_path / part / "space" / "inner"
+        folder.mkdir(parents=True)
+        (folder / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path / part))
+    before = usercode.fingerprint("space.inner.nets:x", "k")
+    assert set(usercode.local_files("space.inner.nets")) == {"space.inner.nets", "space.inner.layers"}
+    (tmp_path / "b" / "space" / "inner" / "layers.py").write_text("WIDTH = 2\n")
+    assert usercode.fingerprint("space.inner.nets:x", "k") != before
+
+
+def test_an_editable_install_by_a_finder_is_seen(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As setuptools makes them: a finder beside Python's own that knows where a package lies."""
+    package = here / "src" / "edited"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text("from edited import layers\n")
+    (package / "layers.py").write_text("")
+    (here / "uses_it.py").write_text("import edited.nets\n")
+
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+            return spec_from_file_location(name, package / "__init__.py") if name == "edited" else None
+
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
+    before = usercode.fingerprint("uses_it:x", "k")
+    expected = {"edited", "edited.nets", "edited.layers"}
+    assert set(usercode.local_files("edited.nets")) == expected
+    assert set(usercode.local_files("uses_it")) == {"uses_it", *expected}
+    (package / "layers.py").write_text("WIDTH = 2\n")
+    assert usercode.fingerprint("uses_it:x", "k") != before
+
+
+def test_this_package_is_nobodys_own_code(here: Path) -> None:
+    """Where it is installed to be edited, too: it would travel to the workers, and be imported anew, otherwise."""
+    (here / "uses_ours.py").write_text("from distill_ray.models import mlp\nfrom distill_ray.errors import UserError\n")
+    assert set(usercode.local_files("uses_ours")) == {"uses_ours"}
+    assert usercode.local_files("distill_ray.models.mlp") == {}
+
+
+def test_what_lies_in_an_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("zipped.py", "x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "z.zip"))
+    with pytest.raises(UserError, match=r"k zipped:x: lies in .*z.zip.*, where changes cannot be seen"):
+        usercode.fingerprint("zipped:x", "k")
+
+
+# --- code that is edited while the process lives ----------------------------------------------------------------------
+
+
+def test_code_that_was_edited_is_run_anew(here: Path) -> None:
+    """What is run is what the fingerprint, and so the digest, is of; in modules that it imports, too."""
+    (here / "my_pkg" / "sized.py").write_text("from my_pkg.layers import Flat, WIDTH\ndef width():\n    return WIDTH\n")
+    layers = here / "my_pkg" / "layers.py"
+    source = layers.read_text()
+    layers.write_text(f"{source}WIDTH = 3\n")
+    assert usercode.load("my_pkg.sized:width", "k")() == 3
+    kept = sys.modules["my_pkg.sized"]
+    assert usercode.load("my_pkg.sized:width", "k")() == 3
+    assert sys.modules["my_pkg.sized"] is kept  # nothing has changed
+    layers.write_text(f"{source}WIDTH = 33\n")
+    assert usercode.load("my_pkg.sized:width", "k")() == 33
+    assert sys.modules["my_pkg.sized"] is not kept
+
+
+def test_code_that_somebody_else_imported_is_run_anew_unless_it_is_older_than_the_process(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib
+
+    kept = importlib.import_module("my_pkg.layers")
+    monkeypatch.setattr(usercode, "_process_started_s", lambda: time.time() + 60)
+    usercode.load("my_pkg.layers:Flat", "k")
+    assert sys.modules["my_pkg.layers"] is kept
+    usercode._loaded.clear()
+    monkeypatch.setattr(usercode, "_process_started_s", lambda: time.time() - 60)
+    usercode.load("my_pkg.layers:Flat", "k")
+    assert sys.modules["my_pkg.layers"] is not kept
+
+
+def test_the_process_began_before_now_and_after_boot() -> None:
+    started = usercode._process_started_s()
+    assert time.time() - 24 * 3600 < started < time.time()
+
+
+def test_compiled_code_that_was_built_anew_needs_a_new_process(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = here / "my_pkg" / f"kernels{EXTENSION_SUFFIXES[0]}"
+    built.write_bytes(b"first build")
+    (here / "my_pkg" / "fast.py").write_text("def net():\n    from my_pkg import kernels\n")
+    monkeypatch.setitem(sys.modules, "my_pkg.kernels", ModuleType("my_pkg.kernels"))
+    monkeypatch.setitem(usercode._loaded, "my_pkg.kernels", usercode._sha256(built))
+    usercode.load("my_pkg.fast:net", "k")
+    built.write_bytes(b"other build")
+    with pytest.raises(UserError, match=r"k my_pkg.fast:net: .*kernels.* was built anew .*: start the process again"):
+        usercode.load("my_pkg.fast:net", "k")
 
 
 def test_load_model_runs_code_only_with_permission(here: Path, tmp_path: Path) -> None:

@@ -7,22 +7,18 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from distill_ray.errors import UserError
 from distill_ray.models import foreign
+from distill_ray.models.weights import FETCH, is_safetensors, line_of
 
 Format = Literal["state_dict", "torchscript", "export", "onnx"]
-_SHOWN = 3  # keys of a list in an error
-_PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of DataParallel, torch.compile, Lightning
-_FETCH = "fetch or save it again"
 
 
 def detect(data: bytes, place: str) -> Format:
@@ -34,8 +30,8 @@ def detect(data: bytes, place: str) -> Format:
     if place.partition("?")[0].lower().endswith(".onnx"):
         return "onnx"
     if not data:
-        raise UserError(f"{place}: is empty: {_FETCH}")
-    if _is_safetensors(data):
+        raise UserError(f"{place}: is empty: {FETCH}")
+    if is_safetensors(data):
         return "state_dict"
     if data[:2] == b"PK":
         return _of_archive(_names(data, place))
@@ -47,112 +43,18 @@ def detect(data: bytes, place: str) -> Format:
     )
 
 
-def _is_safetensors(data: bytes) -> bool:
-    return data[8:9] == b"{"  # after 8 bytes that say how long the JSON header is
-
-
 def _names(data: bytes, place: str) -> list[str]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return archive.namelist()
     except zipfile.BadZipFile as error:
-        raise UserError(f"{place}: is cut short or damaged ({error}): {_FETCH}") from None
+        raise UserError(f"{place}: is cut short or damaged ({error}): {FETCH}") from None
 
 
 def _of_archive(names: list[str]) -> Format:
     if any(re.search(r"(^|/)(archive_format|serialized_exported_program\.json)$", name) for name in names):
         return "export"
     return "torchscript" if any(name.endswith("/constants.pkl") for name in names) else "state_dict"
-
-
-# --- weights --------------------------------------------------------------------------------------------------------
-
-
-def read_state_dict(data: bytes, place: str, key: str | None) -> dict[str, Tensor]:
-    """The tensors of a safetensors file or of a torch checkpoint; ``key`` says where in it they lie.
-
-    Raises:
-        UserError: it is damaged, holds more than tensors and plain values, or the weights cannot be found in it.
-    """
-    if _is_safetensors(data):
-        try:
-            return dict(load_tensors(data))
-        except SafetensorError as error:
-            raise UserError(f"{place}: is cut short or damaged ({_line(error)}): {_FETCH}") from None
-    try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # of torch, zipfile and the unpickler
-        if type(error).__name__ == "UnpicklingError" and "cut short" not in str(error):
-            raise UserError(
-                f"{place}: holds more than tensors, so that loading it could run code: save the weights alone with "
-                f"torch.save(model.state_dict(), PATH) or safetensors (refused: {_refused(error)})"
-            ) from None
-        raise UserError(f"{place}: is cut short or damaged ({_line(error)[:200]}): {_FETCH}") from None
-    return _weights_in(content, place, key)
-
-
-def _refused(error: BaseException) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)|Unsupported operand \d+|Unsupported class ([\w.]+)", str(error))
-    return found.group(1) or found.group(0) if found else _line(error)[:120]
-
-
-def _weights_in(content: Any, place: str, key: str | None) -> dict[str, Tensor]:
-    if key is not None:
-        for part in key.split("."):
-            if not isinstance(content, Mapping) or part not in content:
-                there = ", ".join(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
-                raise UserError(f"teacher.key {key}: {place} has no {part!r} there, only: {there[:200]}")
-            content = content[part]
-    if _is_weights(content):
-        return dict(content)
-    inside = [name for name, value in content.items() if _is_weights(value)] if isinstance(content, Mapping) else []
-    if len(inside) == 1:
-        return dict(content[inside[0]])
-    if inside:
-        raise UserError(f"{place}: holds several sets of weights: choose one with teacher.key: {', '.join(inside)}")
-    what = (
-        f"a mapping of {', '.join(map(str, content))[:200]}" if isinstance(content, Mapping) else type(content).__name__
-    )
-    raise UserError(f"{place}: holds no weights, but {what}: name where they lie with teacher.key")
-
-
-def _is_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(tensor, Tensor) for tensor in value.values())
-
-
-def fill(net: nn.Module, weights: Mapping[str, Tensor], place: str) -> dict[str, Tensor]:
-    """Put the weights into ``net``, whose state is returned; a common prefix of wrappers is taken off.
-
-    Raises:
-        UserError: they do not fit: the keys that are missing, unexpected or of another shape.
-    """
-    wanted = net.state_dict()
-    weights = _unwrapped(weights, set(wanted))
-    missing = [key for key in wanted if key not in weights and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in weights if key not in wanted]
-    shapes = [
-        f"{key} ({list(weights[key].shape)} in the file, {list(tensor.shape)} in the model)"
-        for key, tensor in wanted.items()
-        if key in weights and weights[key].shape != tensor.shape
-    ]
-    problems = [
-        f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    if problems:
-        raise UserError(f"{place}: its keys do not fit the model: {'; '.join(problems)}: check teacher.model")
-    net.load_state_dict(dict(weights), strict=False)
-    return net.state_dict()
-
-
-def _unwrapped(weights: Mapping[str, Tensor], wanted: set[str]) -> Mapping[str, Tensor]:
-    while weights and not set(weights) & wanted:
-        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in weights)), None)
-        if prefix is None:
-            break
-        weights = {key.removeprefix(prefix): tensor for key, tensor in weights.items()}
-    return weights
 
 
 # --- programs -------------------------------------------------------------------------------------------------------
@@ -180,7 +82,7 @@ class ScriptNet(nn.Module):
                 warnings.simplefilter("ignore", DeprecationWarning)  # of the format, which users have files in
                 self.script = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{place}: is no whole TorchScript file ({_line(error)[:200]}): {_FETCH}") from None
+            raise UserError(f"{place}: is no whole TorchScript file ({line_of(error)[:200]}): {FETCH}") from None
 
     def forward(self, x: Tensor) -> Any:
         """As the file has it."""
@@ -200,7 +102,7 @@ class ExportedNet(nn.Module):
             module = program.module()
         except Exception as error:  # of torch, zipfile, json and the unpickler
             raise UserError(
-                f"{place}: is no whole torch.export file of this torch ({_line(error)[:200]}): {_FETCH}"
+                f"{place}: is no whole torch.export file of this torch ({line_of(error)[:200]}): {FETCH}"
             ) from None
         self._held = [module]  # not a child: it refuses train() and eval()
         self.parameter_count = sum(tensor.numel() for tensor in program.parameters())
@@ -257,7 +159,7 @@ class OnnxNet(nn.Module):
         try:
             session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors have no base class of their own
-            raise UserError(f"{place}: is no whole ONNX model ({_line(error)[:200]}): {_FETCH}") from None
+            raise UserError(f"{place}: is no whole ONNX model ({line_of(error)[:200]}): {FETCH}") from None
         if len(session.get_inputs()) != 1:
             names = ", ".join(entry.name for entry in session.get_inputs())
             raise UserError(f"{place}: has {len(session.get_inputs())} inputs ({names}), a classifier has one")
@@ -302,7 +204,3 @@ def _tensor_of(answer: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise UserError(f"the teacher returns {type(answer).__name__}, expected a tensor of logits [rows, classes]")
     return found
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -23,6 +23,7 @@ from distill_ray.config import InputConfig, ModelConfig, OutputKind, TeacherInpu
 from distill_ray.errors import UserError
 from distill_ray.models import foreign, formats
 from distill_ray.models.classifier import build_classifier, is_ours
+from distill_ray.models.weights import fill, read_state_dict
 from distill_ray.storage import Folder
 
 FLOOR = torch.finfo(torch.float32).tiny  # of a probability before its logarithm: -87.3 nats
@@ -93,15 +94,16 @@ class GivenSpec(BaseModel):
             return Member(net, contract, self.shape, member.output, member.order, ours=False)
         assert member.model is not None
         net = build_given(member.model, contract, self.shape, member.width or self.classes, f"{key}.model")
-        formats.fill(net, formats.read_state_dict(data, place, None), place)
+        fill(net, read_state_dict(data, place, None), place)
         ours = is_ours(member.model)
         return Member(net, contract, self.shape, member.output, member.order, ours=ours)
 
 
 def build_given(model: Any, contract: TeacherInput, shape: Sequence[int], width: int, key: str) -> nn.Module:
-    """The bare network, without its contract, for rows of ``shape`` as the contract turns them out."""
+    """The bare network, without its contract, for rows of ``shape`` as the contract turns them out; its weights follow,
+    so that pretrained ones are not looked for."""
     seen = seen_shape(contract, shape, key)
-    return build_classifier(model, InputConfig(), seen, width, key=key).net
+    return build_classifier(foreign.bare(model, key), InputConfig(), seen, width, key=key).net
 
 
 def seen_shape(contract: TeacherInput, shape: Sequence[int], key: str) -> tuple[int, ...]:

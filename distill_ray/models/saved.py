@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from distill_ray.artifacts import SPEC_FILE, SUMMARY_FILE, WEIGHTS_FILE
 from distill_ray.config import ImportedModel, InputConfig, ModelConfig
 from distill_ray.errors import UserError
+from distill_ray.models import foreign
 from distill_ray.models.classifier import Classifier, build_classifier, is_ours
 from distill_ray.models.given import GivenNet, GivenSpec
 from distill_ray.storage import Folder
@@ -37,22 +38,26 @@ class ModelSpec(BaseModel):
     class_names: tuple[str, ...]
 
     def build(self, *, key: str = "model") -> Classifier:
-        """An untrained classifier of this kind."""
+        """A classifier of this kind as its training starts: untrained, or with the pretrained weights it names."""
         return build_classifier(self.model, self.input, self.shape, self.classes, key=key)
+
+    def bare(self, *, key: str = "model") -> ModelSpec:
+        """The same without pretrained weights, for weights that follow: it needs no file but those of its folder."""
+        return self.model_copy(update={"model": foreign.bare(self.model, key)})
 
     def build_on_meta(self, *, key: str = "model") -> Classifier:
         """The same without data in its tensors; one of ours need not fit on this machine."""
         if is_ours(self.model):
             with torch.device("meta"):
                 return self.build(key=key)
-        return self.build(key=key).to("meta")  # code that is not ours may load files or look at numbers
+        return self.bare(key=key).build(key=key).to("meta")  # code that is not ours may look at numbers
 
 
 def save_model(folder: Folder, spec: ModelSpec, weights: dict[str, torch.Tensor]) -> str:
     """Write both files; returns the sha256 of the weights. ``weights`` is the state dict of ``Classifier.net``."""
     data = to_safetensors(weights)
     folder.write_bytes(WEIGHTS_FILE, data)
-    folder.write_text(SPEC_FILE, spec.model_dump_json(indent=2, by_alias=True) + "\n")
+    folder.write_text(SPEC_FILE, spec.bare().model_dump_json(indent=2, by_alias=True) + "\n")
     return hashlib.sha256(data).hexdigest()
 
 
@@ -163,7 +168,7 @@ def _compare(found: str, wanted: str | None, location: str) -> None:
 
 
 def _filled(spec: ModelSpec, data: bytes, place: Folder) -> Classifier:
-    classifier = spec.build()
+    classifier = spec.bare().build()
     try:
         classifier.net.load_state_dict(load_tensors(data))
     except (RuntimeError, SafetensorError) as error:

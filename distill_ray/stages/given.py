@@ -7,7 +7,8 @@ labels, verify and reuse need nothing of the place they came from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def check_present(config: Config) -> None:
     for key, section in sections:
         if isinstance(section.model, ImportedModel):
             usercode.fingerprint(section.model.import_, f"{key}.model.import")
+        elif (pretrained := getattr(section.model, "pretrained", None)) is not None:
+            content_sha256(pretrained, f"{key}.model.pretrained", only_look=True)
     for key, member in keyed(config):
         content_sha256(member.checkpoint, f"{key}.checkpoint", only_look=True)
     for key, place in (("labels.from", config.labels.from_), ("labels.ids", config.labels.ids)):
@@ -64,13 +67,12 @@ def content_sha256(location: str, key: str, *, only_look: bool = False) -> str:
     folder, name = _file(location)
     try:
         with impatience():
-            size = folder.size(name)
-        if size is None:
+            state = folder.state(name)
+        if state is None:
             raise FileNotFoundError(location)
         if only_look:
             return ""
-        changed = (folder.path / name).stat().st_mtime_ns if folder.is_local else 0
-        found = _sha256(folder, name, size, changed)
+        found = _sha256(folder, name, state)
         if folder != Folder.at(location):
             return found
         specs = [folder.read_bytes(spec) for spec in (SPEC_FILE, "config.json") if folder.exists(spec)]
@@ -83,7 +85,7 @@ def content_sha256(location: str, key: str, *, only_look: bool = False) -> str:
 
 
 @lru_cache(maxsize=64)
-def _sha256(folder: Folder, name: str, size: int, changed: int) -> str:
+def _sha256(folder: Folder, name: str, state: tuple[Any, ...]) -> str:
     return hashlib.sha256(folder.buffer(name)).hexdigest()
 
 
@@ -174,7 +176,7 @@ def collect(config: Config, data: DataManifest, folder: Folder) -> Any:
 
 
 def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, folder: Folder) -> Any:
-    from distill_ray.models import formats
+    from distill_ray.models import foreign, formats
     from distill_ray.models.given import GivenMember
 
     source, name = _file(member.checkpoint)
@@ -198,7 +200,8 @@ def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, 
     file = f"{Path(WEIGHTS_FILE).stem}{f'-{number}' if number else ''}.{_SUFFIXES[kind]}"
     folder.write_bytes(file, content)
     return GivenMember(
-        file=file, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), format=kind, model=member.model,
+        file=file, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), format=kind,
+        model=None if member.model is None else foreign.bare(member.model, f"{key}.model"),
         input=member.input, output=member.output, width=_width(member, data),
         order=None if member.classes is None else _order(key, member, data),
     )  # fmt: skip
@@ -242,13 +245,13 @@ def _of_folder(key: str, member: GivenTeacher, folder: Folder, data: DataManifes
 
 def _fitting(key: str, member: GivenTeacher, data: DataManifest, content: bytes, place: str) -> bytes:
     """The weights of a state dict as safetensors, once they are seen to fit the model."""
-    from distill_ray.models import formats
     from distill_ray.models.given import build_given
     from distill_ray.models.saved import to_safetensors
+    from distill_ray.models.weights import fill, read_state_dict
 
     contract = member.input or _as_teacher_input(data.input)
     net = build_given(member.model, contract, data.shape, _width(member, data), f"{key}.model")
-    return to_safetensors(formats.fill(net, formats.read_state_dict(content, place, member.key), place))
+    return to_safetensors(fill(net, read_state_dict(content, place, member.key), place))
 
 
 def _as_teacher_input(contract: InputConfig) -> TeacherInput:
@@ -379,15 +382,18 @@ def measure(config: Config, spec: Any, folder: Folder, data: Store, device: Any,
     batch = config.labels.batch_size
     quality = metrics.evaluate(model, read_shards(data, "test"), batch, "fp32", device)
     one_row = torch.from_numpy(next(read_shards(data, "test")).inputs[:1].copy())
+    unknown = any(member.format == "onnx" for member in spec.members)
+    with _one_thread():  # a session of onnxruntime has for good as many as torch had when it was loaded
+        alone = load_model(folder, expected_sha256=sha256, allow_import=True).to(device) if unknown else model
+        latency = metrics.latency_ms(alone, one_row, device)
     held = {member.file: {"bytes": member.bytes, "sha256": member.sha256} for member in spec.members}
     held[SPEC_FILE] = {"bytes": len(text), "sha256": sha256}
-    unknown = any(member.format == "onnx" for member in spec.members)
     assert isinstance(model, GivenNet)
     programs = [module for module in model.modules() if isinstance(module, ExportedNet)]
     parameters = count_parameters(model) + sum(program.parameter_count for program in programs)
     return {
         **quality, "parameters": None if unknown else parameters,
-        "bytes": sum(member.bytes for member in spec.members), "latency_ms": metrics.latency_ms(model, one_row, device),
+        "bytes": sum(member.bytes for member in spec.members), "latency_ms": latency,
         "latency_of": f"1 row, fp32, 1 thread, {device.type}", "seconds": None,
         "test_rows": data.manifest.splits["test"].rows, "weights_sha256": sha256, "precision": "fp32",
         "data_digest": data.manifest.digest, "files": held, "measured": measured(model, data, quality, batch, device),
@@ -396,6 +402,18 @@ def measure(config: Config, spec: Any, folder: Folder, data: Store, device: Any,
             for asked, member in zip(config.teacher.given, spec.members, strict=True)
         ],
     }  # fmt: skip
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measured(model: Any, data: Store, quality: dict[str, Any], batch: int, device: Any) -> dict[str, Any]:

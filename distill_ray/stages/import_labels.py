@@ -8,11 +8,11 @@ in a scratch file, since a file of logits may have any order.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from distill_ray.logit_files import LogitBatch
 from distill_ray.stages import opening
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.stages.shard_job import commit
-from distill_ray.storage import Folder
+from distill_ray.storage import Folder, reason_of
 from distill_ray.store import LabelManifest, Store, shards
 from distill_ray.store import manifest as manifests
 
@@ -175,11 +175,7 @@ def _placed(context: Context, store: Store) -> Iterator[_Placed]:
     assert labels.from_ is not None
     shape = (manifest.rows, manifest.classes)
     places = _Places.of(context.config, store)
-    with (
-        tempfile.TemporaryDirectory(prefix="distill-ray-import-") as scratch,
-        context.reporter.progress("import", manifest.rows) as bar,
-    ):
-        array = np.lib.format.open_memmap(Path(scratch) / "logits.npy", mode="w+", dtype=np.float32, shape=shape)
+    with _scratch(shape, context.out) as array, context.reporter.progress("import", manifest.rows) as bar:
         placed = _Placed(array, np.zeros(shape[0], np.bool_), np.full(shape[0], -1, np.int64), labels.output)
         for batch in logit_files.read(labels.from_, labels.ids, labels.by, manifest.class_names):
             names = places.names(batch)
@@ -187,6 +183,29 @@ def _placed(context: Context, store: Store) -> Iterator[_Placed]:
             bar.update(min(batch.first + len(batch.values), manifest.rows), "rows read")
         _require_coverage(placed, places, labels.from_)
         yield placed
+
+
+@contextmanager
+def _scratch(shape: tuple[int, int], out: Folder) -> Iterator[npt.NDArray[np.float32]]:
+    """Room for all logits in a file that nobody else sees and that ends with this process, beside the runs where they
+    are on a disk: the folder for temporary files is in memory on many machines.
+
+    Raises:
+        UserError: there is no room; names the folder, and how much is wanted.
+    """
+    place = str(out.path) if out.is_local else tempfile.gettempdir()
+    wanted = 4 * shape[0] * shape[1]
+    with ExitStack() as held:
+        try:
+            file = held.enter_context(tempfile.TemporaryFile(dir=place))
+            os.posix_fallocate(file.fileno(), 0, wanted)  # a mapped page without room would end the process
+        except OSError as error:
+            mend = "make room there, or choose another --out" if out.is_local else "make room there, or set TMPDIR"
+            raise UserError(
+                f"import-labels: {place}: no room for {wanted / 2**20:,.1f} MiB of logits while they are put in order "
+                f"({reason_of(error)}): {mend}"
+            ) from None
+        yield np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
 
 
 def _as_logits(placed: _Placed, batch: LogitBatch, names: Any, location: str) -> npt.NDArray[np.float32]:
@@ -227,10 +246,12 @@ def _require_coverage(placed: _Placed, places: _Places, location: str) -> None:
 class _Places:
     """Which row of the data a row of the file is about."""
 
-    def __init__(self, by: str, rows: int, ids: pa.Array | None, order: npt.NDArray[np.int64] | None) -> None:
+    def __init__(
+        self, by: str, place: str, rows: int, ids: pa.Array | None, order: npt.NDArray[np.int64] | None
+    ) -> None:
         import pandas as pd
 
-        self._by, self._count, self._ids, self._order = by, rows, ids, order
+        self._by, self._place, self._count, self._ids, self._order = by, place, rows, ids, order
         self._index = None if ids is None else pd.Index(ids.to_pandas())
         if self._index is not None and not self._index.is_unique:
             twice = self._index[self._index.duplicated()][0]
@@ -242,11 +263,12 @@ class _Places:
     def of(cls, config: Config, store: Store) -> _Places:
         labels, rows = config.labels, store.manifest.rows
         no_ids = labels.ids is None and str(labels.from_).endswith(".npy")
+        place = f"labels.from {labels.from_}" if labels.ids is None else f"labels.ids {labels.ids}"
         if labels.by == "row_id":
-            return cls(labels.by, rows, None, np.arange(rows, dtype=np.int64) if no_ids else None)
+            return cls(labels.by, place, rows, None, np.arange(rows, dtype=np.int64) if no_ids else None)
         columns = [store.batch(record).column("source_id") for record in store.manifest.shards]
         ids = pa.chunked_array(columns).combine_chunks()
-        return cls(labels.by, rows, ids, _source_order(config, rows) if no_ids else None)
+        return cls(labels.by, place, rows, ids, _source_order(config, rows) if no_ids else None)
 
     def rows(self, batch: LogitBatch) -> npt.NDArray[np.int64]:
         """Row ids [B], -1 where the data has no such row."""
@@ -255,19 +277,26 @@ class _Places:
             part = self._order[batch.first : batch.first + len(batch.values)]
             return np.concatenate([part, np.full(len(batch.values) - len(part), -1, dtype=np.int64)])
         if self._index is None:
-            found = self._cast(batch.ids, pa.int64()).to_numpy(zero_copy_only=False)
+            found = self._cast(batch, pa.int64()).to_numpy(zero_copy_only=False)
             return np.where((found >= 0) & (found < self._count), found, -1).astype(np.int64)
         assert self._ids is not None
-        given = self._cast(batch.ids, self._ids.type)
+        given = self._cast(batch, self._ids.type)
         return np.asarray(self._index.get_indexer(given.to_pandas()), dtype=np.int64)
 
-    def _cast(self, ids: pa.Array, kind: pa.DataType) -> pa.Array:
+    def _cast(self, batch: LogitBatch, kind: pa.DataType) -> pa.Array:
+        ids = batch.ids
+        assert ids is not None
         if ids.null_count:
-            raise UserError(f"labels.by {self._by}: a row of the file has no id")
+            row = batch.first + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
+            raise UserError(f"{self._place}: row {row} of the file has no {self._by}: give each row its own")
         try:
             return ids.cast(kind)
         except pa.ArrowException:
-            raise UserError(f"labels.by {self._by}: the file's ids are {ids.type}, the data's are {kind}") from None
+            row = logit_files.first_uncast(ids, kind)
+            raise UserError(
+                f"{self._place}: {self._by} {ids[row].as_py()!r} (row {batch.first + row}, {ids.type}) is no {kind}, "
+                "which the data's ids are: write them as the data has them, or set labels.by"
+            ) from None
 
     def names(self, batch: LogitBatch) -> Any:
         """The id of a row of the batch, as the file has it."""

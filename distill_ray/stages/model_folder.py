@@ -13,6 +13,7 @@ from distill_ray.errors import UserError
 from distill_ray.footprint import step_bytes
 from distill_ray.models import ModelSpec, finished_weights, load_model
 from distill_ray.models.classifier import check_output, count_parameters, is_ours
+from distill_ray.order import least_rows
 from distill_ray.placing import Placement
 from distill_ray.stages.context import recorded
 from distill_ray.storage import Folder
@@ -66,25 +67,69 @@ def resolve_precision(folder: Folder, asked: PrecisionName, device: torch.device
 
 
 def check_model(key: str, data: DataManifest, section: TeacherConfig | StudentConfig, placement: Placement) -> None:
-    """Refuse, before any worker starts, a network that does not fit the data, or a batch that can never fit in memory.
+    """Refuse, before any worker starts, a network that does not fit the data, a batch that can never fit in memory, or
+    one that leaves a single row to a network that cannot be trained on one.
 
     A GPU's own memory is not known here.
 
     Raises:
         UserError: what does not fit; of memory how much a step takes, how much there is, and what to lower.
     """
-    spec, train = model_spec(data, section.model), section.train
+    spec, train, rows = model_spec(data, section.model), section.train, data.splits["train"].rows
     if is_ours(spec.model):
-        spec.build_on_meta(key=f"{key}.model")
+        network = spec.build_on_meta(key=f"{key}.model")
     else:
-        check_output(spec.build(key=f"{key}.model"), spec.shape, spec.dtype, spec.classes, f"{key}.model")
-    needed = step_bytes(spec, train, data.splits["train"].rows, placement.workers)
+        network = spec.build(key=f"{key}.model")
+        check_output(network, spec.shape, spec.dtype, spec.classes, f"{key}.model")
+    _check_single_rows(key, network, spec, train, rows, placement)
+    needed = step_bytes(spec, train, rows, placement.workers)
     if not placement.gpus and needed > placement.room_bytes:
         raise UserError(
             f"{key}.train.batch_size {train.batch_size}: a step takes at least {needed / 2**30:.1f} GiB in each of "
             f"{placement.workers} worker(s), which have {placement.room_bytes / 2**30:.1f} GiB: lower it, or raise "
             f"{key}.train.accumulate"
         )
+
+
+def _check_single_rows(
+    key: str, network: torch.nn.Module, spec: ModelSpec, train: TrainConfig, rows: int, placement: Placement
+) -> None:
+    """One row alone: always when a latency is measured; in training where the sizes leave it so, and batch norm then
+    has no spread to divide by."""
+    reason = _fails_on_one_row(network.eval(), spec)
+    if reason is not None:
+        raise UserError(f"{key}.model: it cannot take a single row, as its latency is measured by ({reason})")
+    workers = range(placement.workers, max(placement.workers, placement.most_workers) + 1)
+    synchronised = bool(placement.gpus) and placement.workers > 1  # batch norm then sees the rows of all workers
+
+    def leaves_one(batch_size: int) -> bool:
+        return any(least_rows(rows, batch_size, count, train.accumulate) == 1 for count in workers)
+
+    if synchronised or not leaves_one(train.batch_size):
+        return
+    reason = _fails_on_one_row(network.train(), spec)
+    if reason is None:
+        return
+    near = sorted(range(2, 2 * train.batch_size + 2), key=lambda size: abs(size - train.batch_size))
+    fitting = next((size for size in near if not leaves_one(size)), None)
+    mend = f"set it to {fitting}, or" if fitting is not None else "give it more rows, or"
+    shared = "" if placement.workers == 1 else f" over {placement.workers} workers"
+    parts = "" if train.accumulate == 1 else f" in {train.accumulate} parts"
+    raise UserError(
+        f"{key}.train.batch_size {train.batch_size}: {rows} training rows in batches of that{shared}{parts} leave one "
+        f"row alone, which this network cannot be trained on ({reason}): {mend} use a network without batch norm"
+    )
+
+
+def _fails_on_one_row(network: torch.nn.Module, spec: ModelSpec) -> str | None:
+    device = next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+    one = torch.zeros((1, *spec.shape), dtype=getattr(torch, spec.dtype), device=device)
+    try:
+        with torch.no_grad():
+            network(one)
+    except Exception as error:  # whatever the network's own code raises
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return None
 
 
 def open_split(

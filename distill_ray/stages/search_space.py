@@ -66,6 +66,18 @@ def check(base: StudentConfig, tune: TuneConfig) -> None:
             raise UserError(f"tune.space: {key!r} is no key of the student that can be searched; {hint}")
 
 
+def pretrained_of(space: Mapping[str, SpaceEntry]) -> list[str]:
+    """The files and folders of pretrained weights that a space names: their content is part of what a search is."""
+    found = {
+        place
+        for key, entry in space.items()
+        for option in entry.options
+        for place in ([option] if key == "model.pretrained" else [])
+        + ([option.get("pretrained")] if key == "model" and isinstance(option, dict) else [])
+    }
+    return sorted(place for place in found if isinstance(place, str))
+
+
 def student_keys(base: StudentConfig, searched: Collection[str]) -> set[str]:
     """Every dotted key, sections included; where the kind itself is searched (``loss.name``), the keys of all kinds."""
     return {

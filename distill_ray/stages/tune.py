@@ -28,6 +28,7 @@ from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
 from distill_ray.stages import (
     entry,
+    given,
     label,
     prepare,
     search_results,
@@ -83,6 +84,7 @@ def locate(inputs: Inputs) -> Stage:
     named = " ".join(code for _, code in imports_of(to_dict(inputs.config.tune)))
     code = teacher.code_of([("student.model", inputs.config.student.model)])
     code += [usercode.fingerprint(path, "tune.space") for path in re.findall(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", named)]
+    code += [given.content_sha256(path, "tune.space") for path in search_space.pretrained_of(inputs.config.tune.space)]
     if code:
         payload["code"] = code
     return artifacts.stage(inputs.out, "tune", payload)
