@@ -163,6 +163,9 @@ def _init(
     ] = None,
     label: Annotated[str | None, typer.Option("--label", metavar="COLUMN", help="The classes.")] = None,
     identity: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="Your own ids.")] = None,
+    no_id: Annotated[bool, typer.Option("--no-id", help="No column holds ids, whatever it is called.")] = False,
+    split: Annotated[str | None, typer.Option("--split", metavar="COLUMN", help="Each row's split.")] = None,
+    no_split: Annotated[bool, typer.Option("--no-split", help="No column holds the splits.")] = False,
     name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Of the run; else as the data.")] = None,
     to: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Where to write it; else NAME.yaml.")
@@ -177,8 +180,11 @@ def _init(
         raise UserError(f"init: {target} is there already: name another with --config, or remove it")
     if source not in (None, *get_args(starting.SourceName)):
         raise UserError(f"init: --source {source!r} is not known: {', '.join(get_args(starting.SourceName))}")
-    wishes = starting.Wishes(cast("Any", source), tuple(input_columns or ()), label, identity)
-    target.write_text(starting.first_config(path, named, wishes))
+    for key, column, left_out in (("id", identity, no_id), ("split", split, no_split)):
+        if column is not None and left_out:
+            raise UserError(f"init: --{key} {column} and --no-{key} contradict each other: give one")
+    wishes = starting.Wishes(cast("Any", source), tuple(input_columns or ()), label, identity, split, no_id, no_split)
+    target.write_text(starting.first_config(path, named, wishes), encoding="utf-8")
     print(f"{target}: written; look through it, then: distill-ray run {target}")
 
 

@@ -13,13 +13,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from distill_ray import placing, usercode
-from distill_ray.config import Config, imports_of, to_dict
+from distill_ray.config import Config, DataBase, imports_of, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Node
 from distill_ray.sources.files import split_location
@@ -59,7 +59,7 @@ class Session:
             if self._in_command:
                 _watch_head()
             placing.preflight(self._config, self._nodes)
-            check_every_node(self._out, self._source_path())
+            check_every_node(self._out, local_sources(self._config.data))
             check_cuda(placing.independent(self._config.cluster, self._nodes, 1).gpus)
             if not self._ours:
                 check_code(self._modules())
@@ -110,10 +110,6 @@ class Session:
         """That the config names code in."""
         named = " ".join(code for _, code in imports_of(to_dict(self._config)))
         return sorted(set(re.findall(r"([A-Za-z_][\w.]*):[A-Za-z_]", named)))
-
-    def _source_path(self) -> str | None:
-        path = getattr(self._config.data, "path", None)
-        return None if path is None else split_location(path)[0]  # of a pattern the folder that it is in
 
     @property
     def address(self) -> str:
@@ -199,8 +195,19 @@ def _why_not(error: BaseException) -> str:
     return f"no Ray session could be started ({reason})"
 
 
-def check_every_node(out: Folder, source: str | None) -> None:
-    """Where there is more than one node: each must read a token from ``out``, write one back, and see the source.
+def local_sources(data: DataBase) -> dict[str, str]:
+    """Which local files and folders the data is read from, by the key that names them; of a pattern its folder."""
+    named = {key: getattr(data, key, None) for key in ("path", "root", "table")}
+    found = {key: place for key, place in named.items() if place is not None and "://" not in place}
+    if "path" in found:
+        found["path"] = split_location(found["path"])[0]
+    if not Path(found.get("table", "")).is_absolute():  # then it lies in data.path
+        found.pop("table", None)
+    return {f"data.{key}": place for key, place in found.items()}
+
+
+def check_every_node(out: Folder, sources: Mapping[str, str]) -> None:
+    """Where there is more than one node: each must read a token from ``out``, write one back, and read the sources.
 
     Raises:
         UserError: names the node and the path that it does not share.
@@ -217,7 +224,7 @@ def check_every_node(out: Folder, source: str | None) -> None:
     names = {}
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        answer = task.options(scheduling_strategy=here).remote(out, token, f"{token}-{node['NodeID']}", source)
+        answer = task.options(scheduling_strategy=here).remote(out, token, f"{token}-{node['NodeID']}", sources)
         names[answer] = (node["NodeManagerAddress"], f"{token}-{node['NodeID']}")
     try:
         done, late = ray.wait(list(names), num_returns=len(names), timeout=_NODE_CHECK_TIMEOUT_S)
@@ -233,7 +240,7 @@ def check_every_node(out: Folder, source: str | None) -> None:
             out.delete(name)
 
 
-def _sees(out: Folder, token: str, written: str, source: str | None) -> str | None:
+def _sees(out: Folder, token: str, written: str, sources: Mapping[str, str]) -> str | None:
     """Runs on a node: what it does not see, None where all is well."""
     try:
         with impatience():  # somebody waits for the answer
@@ -242,8 +249,16 @@ def _sees(out: Folder, token: str, written: str, source: str | None) -> str | No
             out.write_text(written, written)
     except OSError as error:
         return f"--out {out}: is not shared with it ({error.strerror or error})"
-    if source is not None and "://" not in source and not Path(source).exists():
-        return f"data.path {source}: is not there"
+    for key, place in sources.items():
+        try:
+            if Path(place).is_dir():
+                os.scandir(place).close()
+            else:
+                Path(place).open("rb").close()
+        except FileNotFoundError:
+            return f"{key} {place}: is not there"
+        except OSError as error:
+            return f"{key} {place}: cannot be read there ({error.strerror or error})"
     return None
 
 

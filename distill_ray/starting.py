@@ -6,20 +6,35 @@ What is looked at is little: the schema, the first row, and the label column, re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.types as pat
 import yaml
 
 from distill_ray import config as configs
-from distill_ray.config import HuggingfaceData, IdxData, ImagesData, ParquetData
+from distill_ray.config import HuggingfaceData, IdxData, ImagesData, InputWish, ParquetData
 from distill_ray.errors import UserError
-from distill_ray.sources import SourceInfo, files, huggingface, info_of, open_source, parquet
+from distill_ray.sources import (
+    SPLITS,
+    HuggingfaceSource,
+    ImagesSource,
+    ParquetSource,
+    SourceInfo,
+    decoding,
+    files,
+    huggingface,
+    info_of,
+    open_source,
+    parquet,
+)
 from distill_ray.sources.annotations import class_counts
+from distill_ray.store.shards import MAX_SHARD_BYTES
 
 SourceName = Literal["parquet", "images", "huggingface", "idx"]
 _LABELS = ("label", "labels", "target", "class", "y", "category", "fine_label")
@@ -27,8 +42,10 @@ _IDS = ("id", "row_id", "uid", "uuid", "key")
 _SPLITS = ("split", "fold", "subset", "partition")
 _IMAGES = ("image", "img", "image_bytes", "jpeg", "png")
 _PATHS = ("path", "file", "filename", "file_name", "image_path")
-_RARE = 10  # a class with fewer rows is not divided by fractions of a tenth
+_MEANT = configs.SplitConfig().split_of_value()
+_SHOWN, _SHOWN_CHARACTERS = 12, 60  # names in a comment, and of each
 _UNEVEN = 5  # the largest class by the smallest
+_LARGEST_SIDE = 224  # of images that are resized because they differ
 _LEAST_SIDE = 8  # of images for convolutions
 _STEPS, _BATCH = 1500, 128  # of the teacher's first training: long enough to learn something, short enough to look at
 
@@ -41,15 +58,23 @@ class Wishes:
     input: tuple[str, ...] = ()
     label: str | None = None
     id: str | None = None
+    split: str | None = None
+    no_id: bool = False
+    no_split: bool = False
+
+    def named(self) -> list[str]:
+        """The columns that are named."""
+        return [*self.input, *(name for name in (self.label, self.id, self.split) if name is not None)]
 
 
 @dataclass
 class Found:
-    """The data section, why it is so (key -> comment), and what the source then says of itself."""
+    """The data section, why it is so (key -> comment), and the names of the splits that the data has of its own."""
 
     data: dict[str, Any]
     why: dict[str, str] = field(default_factory=dict)
     own_splits: list[str] = field(default_factory=list)
+    guessed: dict[str, str] = field(default_factory=dict)  # key -> the flag that leaves it out
 
 
 def first_config(path: str, name: str, wishes: Wishes) -> str:
@@ -59,9 +84,51 @@ def first_config(path: str, name: str, wishes: Wishes) -> str:
         UserError: there is no such data, it is damaged, or its columns do not say which is the input.
     """
     found = _look(path, wishes)
-    text = _Writer(found, info_of(open_source(_data_config(found.data))), name).text()
+    _choose_size(found)
+    try:
+        info = _settled(found)
+    except UserError as error:
+        flag = next((flag for key, flag in found.guessed.items() if str(error).startswith(key)), None)
+        if flag is None:
+            raise
+        raise UserError(f"{error} (init took the column by its name: {flag} leaves it out)") from None
+    text = _Writer(found, info, name).text()
     configs.from_dict(yaml.safe_load(text))  # what is written is valid
     return text
+
+
+def _settled(found: Found) -> SourceInfo:
+    """What the source says of itself, once the data section is such that it can be prepared."""
+    info = info_of(open_source(_data_config(found.data)))
+    if found.data.get("split", {}).get("stratify") and not all(len(info.splits.get(name, ())) for name in SPLITS):
+        del found.data["split"]["stratify"]  # so few rows of each class that none of them would go there
+        info = info_of(open_source(_data_config(found.data)))
+    row_bytes = int(np.prod(info.shape)) * np.dtype(info.dtype).itemsize
+    usual = configs.DataBase.model_fields["shard_rows"].default
+    if row_bytes * usual > MAX_SHARD_BYTES * 0.9:  # ids and labels have a place beside the inputs
+        found.data["shard_rows"] = 2 ** int(np.log2(max(1, MAX_SHARD_BYTES // 2 // row_bytes)))
+        found.why["shard_rows"] = "a file of the data store has 100 MiB at most"
+    return info
+
+
+def _choose_size(found: Found) -> None:
+    """One size for images of several: a sample of them says whether they differ."""
+    source = open_source(_data_config(found.data))
+    if not isinstance(source, ParquetSource | ImagesSource | HuggingfaceSource):
+        return
+    if source.layout().kind not in ("images", "paths"):
+        return
+    sizes = []
+    for data in source.sample():
+        with suppress(decoding.Undecodable):
+            sizes.append(decoding.decode(data, InputWish()).shape[1:])
+    if len(set(sizes)) > 1:
+        lowest, highest = np.min(sizes, axis=0), np.max(sizes, axis=0)
+        middle = np.minimum(np.median(sizes, axis=0), _LARGEST_SIDE)
+        found.data["input"] = {"resize": [int(side) for side in middle]}
+        found.why["input"] = (
+            f"height and width: those looked at have {lowest[0]} to {highest[0]} by {lowest[1]} to {highest[1]}"
+        )
 
 
 def _data_config(data: Mapping[str, Any]) -> Any:
@@ -86,11 +153,14 @@ def _look(path: str, wishes: Wishes) -> Found:
     elif source == "huggingface":
         schema, found.own_splits = huggingface.schema_of(location)
         _choose_columns(found, schema, wishes)
-    elif wishes.input or wishes.label or wishes.id:
-        raise UserError(f"init: a source {source} has no columns to name: leave --input, --label and --id out")
-    if source == "images" and "://" not in location:
-        known = configs.SplitConfig().split_of_value()
-        found.own_splits = sorted(place.name for place in Path(location).iterdir() if place.name in known)
+    elif wishes.named() or wishes.no_id or wishes.no_split:
+        raise UserError(
+            f"init: a source {source} has no columns to name: leave --input, --label, --id, --split, --no-id and "
+            "--no-split out"
+        )
+    if source == "images":
+        found.own_splits = open_source(_data_config(found.data)).split_names()
+    _choose_split(found)
     return found
 
 
@@ -119,25 +189,84 @@ def _guess(location: str) -> SourceName:
 
 def _choose_columns(found: Found, schema: pa.Schema, wishes: Wishes) -> None:
     names = schema.names
-    for wish in (*wishes.input, wishes.label, wishes.id):
-        if wish is not None and wish not in names:
+    for wish in wishes.named():
+        if wish not in names:
             raise UserError(f"init: there is no column {wish!r}: {files.nearest(wish, names)}")
     label = wishes.label or _named(names, _LABELS)
-    identity = wishes.id or _named(names, _IDS)
-    split = _named(names, _SPLITS)
-    split = split if split is not None and _is_text(schema.field(split).type) else None
-    taken = {label, identity, split}
-    inputs = list(wishes.input) or _inputs([schema.field(name) for name in names if name not in taken])
-    columns: dict[str, Any] = {"input": inputs[0] if len(inputs) == 1 else inputs}
-    if label is not None:
-        columns["label"] = label
-    if identity is not None:
+    if label is None:
+        raise UserError(
+            f"init: no column is known to hold the classes (there are: {_some(names)}): name it with --label; data "
+            "without labels needs data.class_names and a teacher that is trained, see the README"
+        )
+    # A column that is called as ids or splits are is no input, be it taken as such or not.
+    identity, split = wishes.id or _named(names, _IDS), wishes.split or _named(names, _SPLITS)
+    apart = {label, identity, split}
+    inputs = list(wishes.input) or _inputs([schema.field(name) for name in names if name not in apart])
+    columns: dict[str, Any] = {"input": inputs[0] if len(inputs) == 1 else inputs, "label": label}
+    if identity is not None and not wishes.no_id:
         columns["id"] = identity
+        found.guessed |= {} if wishes.id else {"data.columns.id": "--no-id"}
     found.data["columns"] = columns
-    if split is not None:
-        found.data["split"] = {"column": split}
-    left = [name for name in names if name not in {*taken, *inputs}]
-    found.why["columns"] = f"not used: {', '.join(left)}" if left else "all that there are"
+    text = split is not None and _is_text(schema.field(split).type)
+    if split is not None and (wishes.split or text) and not wishes.no_split:
+        _take_split_column(found, split, asked=wishes.split is not None)
+    used = {*inputs, label, columns.get("id"), found.data.get("split", {}).get("column")}
+    left = [name for name in names if name not in used]
+    found.why["columns"] = f"not used: {_some(left)}" if left else "all that there are"
+    if "data.columns.id" in found.guessed:
+        found.why["columns"] += f"; the ids are {identity} by its name, --no-id leaves them out"
+
+
+def _take_split_column(found: Found, name: str, *, asked: bool) -> None:
+    """Take the splits from a column, where its values say which is which."""
+    if found.own_splits:
+        if asked:
+            raise UserError(f"init: --split {name}: the data has splits of its own ({_some(found.own_splits)})")
+        return
+    source = open_source(_data_config({**found.data, "split": {"column": name}}))
+    assert isinstance(source, ParquetSource | HuggingfaceSource)
+    values = source.split_values()
+    unknown = [value for value in values if value not in _MEANT]
+    if not unknown:
+        found.own_splits = [str(value) for value in values]
+        found.data["split"] = {"column": name}
+        found.guessed |= {} if asked else {"data.split": "--no-split"}
+    elif asked:
+        hint = files.nearest(str(unknown[0]), list(_MEANT))
+        raise UserError(f"init: --split {name}: it holds {unknown[0]!r}, which means no split: {hint}")
+
+
+def _choose_split(found: Found) -> None:
+    """Which rows train, validate and test: as the data says; what it does not name is cut from its training rows."""
+    if found.data["source"] == "idx":
+        found.data["split"] = {"fractions": [0.9, 0.1]}
+        return
+    split = found.data.setdefault("split", {})
+    meant = _ours(found.own_splits)
+    if {name: ours for ours, names in meant.items() for name in names} != {
+        name: _MEANT.get(name) for name in found.own_splits
+    }:
+        split["values"] = meant
+    if "validation" not in meant:
+        split |= {"fractions": [0.9, 0.1] if "test" in meant else [0.8, 0.1, 0.1], "stratify": True}
+    if not split:
+        del found.data["split"]
+
+
+def _ours(names: Sequence[str]) -> dict[str, list[str]]:
+    """Which of the data's own splits is which of ours, such that there are rows to train, to choose and to measure on.
+
+    Validation rows can be cut from the training rows wherever there are test rows, so a single other split is the test.
+    """
+    meant = {ours: [name for name in names if _MEANT.get(name) == ours] for ours in SPLITS}
+    meant = {ours: those for ours, those in meant.items() if those}
+    if not meant and names:
+        return {"train": list(names)}
+    if meant and "train" not in meant:
+        meant["train"] = meant.pop("validation") if "validation" in meant else meant.pop("test")
+    if "validation" in meant and "test" not in meant:
+        meant["test"] = meant.pop("validation")
+    return meant
 
 
 def _inputs(fields: Sequence[Any]) -> list[str]:
@@ -178,6 +307,7 @@ def _is_list(column: Any) -> bool:
 
 
 def _is_text(kind: Any) -> bool:
+    kind = decoding.storage_type(kind)
     return bool(pat.is_string(kind) or pat.is_large_string(kind))
 
 
@@ -213,7 +343,7 @@ class _Writer:
             "# Change keys: distill-ray run THIS_FILE student.loss.temperature=4 student.seeds=[0,1,2]",
             "# All keys:    tune_configs/schema.json; an editor that knows YAML schemas completes them",
         ]
-        lines += [f"# Note: {warning}" for warning in info.warnings]
+        lines += [f"# Note: {_comment(warning)}" for warning in info.warnings]
         return [*lines, "", f"name: {_inline(self._name)}"]
 
     def _data(self) -> list[str]:
@@ -222,42 +352,45 @@ class _Writer:
             if key == "split":
                 continue
             why = self._found.why.get(key, "")
-            lines.append(f"  {key}: {_inline(value)}" + (f"  # {why}" if why else ""))
+            lines.append(f"  {key}: {_inline(value)}" + (f"  # {_comment(why)}" if why else ""))
         if self._counts:
             names, total = self._info.class_names, sum(self._counts)
             few = min(range(len(names)), key=self._counts.__getitem__)
             many = max(range(len(names)), key=self._counts.__getitem__)
             unlabelled = sum(self._rows.values()) - total
-            lines.append(
-                f"  # classes: {len(names)}, from {self._counts[few]:,} rows ({names[few]}) to {self._counts[many]:,} "
+            said = (
+                f"classes: {len(names)}, from {self._counts[few]:,} rows ({names[few]}) to {self._counts[many]:,} "
                 f"({names[many]})" + (f"; {unlabelled:,} rows have no label" if unlabelled else "")
             )
-        if self._found.own_splits:
-            rows = ", ".join(f"{split} {count:,}" for split, count in self._rows.items())
-            lines.append(f"  # split: the data's own ({', '.join(self._found.own_splits)}): {rows}")
-        else:
-            lines.append(f"  split: {_inline(self._split())}  # {self._split_reason()}")
+            lines.append(f"  # {_comment(said)}")
+        split = self._found.data.get("split")
+        said = _comment(self._split_reason())
+        lines.append(f"  # split: {said}" if split is None else f"  split: {_inline(split)}  # {said}")
         if self._info.dtype != "uint8":
             lines.append("  input: {mean: auto, std: auto}  # of the training rows, per channel or feature")
         return lines
 
-    def _split(self) -> dict[str, Any]:
-        if "split" in self._found.data:
-            return dict(self._found.data["split"])
-        fractions: list[float] = [0.9, 0.1] if self._own_test() else [0.8, 0.1, 0.1]
-        stratify = bool(self._counts) and min(self._counts) >= _RARE and not self._own_test()
-        return {"fractions": fractions, **({"stratify": True} if stratify else {})}
-
-    def _own_test(self) -> bool:
-        return bool(self._found.data["source"] == "idx")
-
     def _split_reason(self) -> str:
-        rows = ", ".join(f"{split} {count:,}" for split, count in self._rows.items())
-        if "split" in self._found.data:
-            return f"as the column says: {rows}"
-        if self._own_test():
-            return "train and validation; the test files are the test split"
-        return "train, validation, test; group_by: COLUMN keeps the rows of a group in one split"
+        split, own = self._found.data.get("split", {}), self._found.own_splits
+        rows = ", ".join(f"{name} {count:,}" for name, count in self._rows.items())
+        if self._found.data["source"] == "idx":
+            return f"train and validation; the test files are the test split: {rows}"
+        if not own:
+            return f"train, validation, test; group_by: COLUMN keeps the rows of a group in one split: {rows}"
+        whose = "as the column says" if "column" in split else "the data's own"
+        said = [f"{whose} ({_some(own)})"]
+        values = split.get("values", {})
+        for ours, names in values.items():
+            if renamed := [name for name in names if _MEANT.get(name) != ours]:
+                said.append(f"its {_some(renamed)} is our {ours}")
+        used = {name for names in values.values() for name in names}
+        if unused := [name for name in own if values and name not in used]:
+            said.append(f"not used: {_some(unused)}")
+        if "fractions" in split:
+            said.append(f"{'validation' if len(split['fractions']) == 2 else 'validation and test'} cut from train")
+        if "data.split" in self._found.guessed:
+            said.append("--no-split leaves the column out")
+        return f"{'; '.join(said)}: {rows}"
 
     def _model(self, large: bool) -> dict[str, Any]:
         if self._pictures:
@@ -269,12 +402,12 @@ class _Writer:
         return max(4, min(100, ceil(_STEPS * _BATCH / max(1, self._rows["train"]))))
 
     def _teacher(self) -> list[str]:
-        lines = ["teacher:"]
-        if not self._found.data.get("columns", {"label": ""}).get("label", "") and "columns" in self._found.data:
-            lines.append("  # There are no labels to train a teacher on: give one that is trained, see the README.")
-        lines.append(f"  model: {_inline(self._model(large=True))}")
         train = {"epochs": self._epochs(), "batch_size": _BATCH}
-        return [*lines, f"  train: {_inline(train)}  # about {_STEPS} steps: raise epochs while the accuracy rises"]
+        return [
+            "teacher:",
+            f"  model: {_inline(self._model(large=True))}",
+            f"  train: {_inline(train)}  # about {_STEPS} steps: raise epochs while the accuracy rises",
+        ]
 
     def _student(self) -> list[str]:
         uneven = bool(self._counts) and max(self._counts) >= _UNEVEN * max(1, min(self._counts))
@@ -290,7 +423,29 @@ class _Writer:
         ]
 
 
+class _OneLine(yaml.SafeDumper):
+    """Strings with line breaks and the like in double quotes, by escapes: the plain dumper breaks lines for them."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=None if value.isprintable() else '"')
+
+
+_OneLine.add_representer(str, _text)
+
+
 def _inline(value: Any) -> str:
     """YAML in one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True).strip()
-    return text.removesuffix("...").strip()
+    text = yaml.dump(value, Dumper=_OneLine, default_flow_style=True, width=2**31, sort_keys=False, allow_unicode=True)
+    return str(text).strip().removesuffix("...").strip()
+
+
+def _comment(text: str) -> str:
+    """``text`` with escapes for what would end a comment: names of columns, classes and files may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names."""
+    shown = [name if len(name) <= _SHOWN_CHARACTERS else f"{name[:_SHOWN_CHARACTERS]}..." for name in names[:_SHOWN]]
+    return ", ".join([*shown, "..."] if len(names) > _SHOWN else shown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -34,6 +35,7 @@ from tests.harness import (
     stop_when,
     write_config,
 )
+from tests.own_data import pixels, png, write_parquet
 
 RAY = str(Path(sys.executable).with_name("ray"))
 START_TIMEOUT_S = 120
@@ -73,6 +75,20 @@ class Cluster:
             subprocess.Popen(
                 [RAY, "start", *(role or [f"--address={self.address}"]), *common],
                 env=environment(**TOKEN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            )
+        )  # fmt: skip
+
+    def start_blind_node(self, folder: Path) -> None:
+        """A further node that finds this folder empty: it has a mount of its own there."""
+        script = 'mount -t tmpfs none "$0" && exec "$@"'
+        command = [
+            "unshare", "--mount", "sh", "-c", script, str(folder), RAY, "start", f"--address={self.address}",
+            "--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block",
+        ]  # fmt: skip
+        self.nodes.append(
+            subprocess.Popen(
+                command, env=environment(**TOKEN), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                start_new_session=True,
             )
         )  # fmt: skip
 
@@ -164,6 +180,30 @@ def test_a_run_on_two_nodes_is_the_run_on_one(small_run: SmallRun, tmp_path: Pat
     refused = distill_ray("prepare", config, "data.seed=1", "--out", out, RAY_ADDRESS=two_nodes.address)
     assert refused.code == 2, refused.stderr
     assert "RAY_AUTH_TOKEN" in refused.stderr.splitlines()[-1]
+
+
+def _may_mount() -> bool:
+    tool = shutil.which("unshare")
+    return tool is not None and subprocess.run([tool, "--mount", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not _may_mount(), reason="only root may mount")
+def test_images_that_a_node_does_not_see_are_told_before_any_work(tmp_path: Path, head: Cluster) -> None:
+    images = tmp_path / "seen here" / "png"
+    images.mkdir(parents=True)
+    names = [f"{number}.png" for number in range(20)]
+    for name in names:
+        (images / name).write_bytes(png(pixels(1)[0]))
+    table = write_parquet(tmp_path / "rows.parquet", {"x": names, "y": [0, 1] * 10})
+    data = {"source": "parquet", "path": str(table), "root": str(images), "columns": {"input": "x", "label": "y"}}
+    config = write_config(tmp_path, SMALL_RUN | {"data": data})
+    head.start_blind_node(images.parent)
+    _wait_for_nodes(head.address, 2)
+    done = distill_ray("prepare", config, "--out", tmp_path / "runs", RAY_ADDRESS=head.address, **TOKEN)
+    assert done.code == 2, done.stderr
+    told = rf"distill-ray: .*node \S+: data\.root {images}: is not there: use storage that every node sees .*"
+    assert re.fullmatch(told, done.stderr.splitlines()[-1])
+    assert not list((tmp_path / "runs").glob("artifacts/data-*/*"))
 
 
 def test_own_code_travels_to_the_workers(tmp_path: Path, two_nodes: Cluster) -> None:

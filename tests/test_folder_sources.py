@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 
+from distill_ray.config import InputWish
 from distill_ray.errors import UserError
+from distill_ray.sources import HuggingfaceSource
 from tests.harness import environment
 from tests.own_data import Array, bad_rows, data_config, pixels, png, read_all, split_sizes
 
@@ -144,6 +147,120 @@ def test_image_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         read_all(config)
 
 
+def test_one_image_in_colours_of_many_grey_ones_keeps_them(tmp_path: Path) -> None:
+    """The first is grey; one of those that are looked at is not."""
+    write_folder(tmp_path, pixels(60))
+    colours = pixels(1, channels=3)[0]
+    (tmp_path / "eel" / "059.png").write_bytes(png(colours))
+    config = data_config(source="images", path=str(tmp_path))
+    found = read_all(config)
+    assert found.info.shape == (3, 6, 5)
+    assert np.array_equal(found.inputs[-1], colours.transpose(2, 0, 1))
+    grey = read_all(data_config(source="images", path=str(tmp_path), input={"channels": 1}))
+    assert grey.info.shape == (1, 6, 5)
+
+
+def test_colours_that_were_not_seen_beforehand_are_not_taken_away_untold(tmp_path: Path) -> None:
+    names = write_folder(tmp_path, pixels(100))
+    inner = sorted(names)[1]  # the step between those that are looked at is three
+    (tmp_path / inner).write_bytes(png(pixels(1, channels=3)[0]))
+    config = data_config(source="images", path=str(tmp_path))
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / inner}: its image has colours, and those that were")):
+        read_all(config)
+    for channels in (1, 3):
+        found = read_all(config.model_copy(update={"input": InputWish(channels=channels)}))
+        assert found.info.shape == (channels, 6, 5)
+
+
+def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path, pixels(60))
+    assert read_all(data_config(source="images", path=str(tmp_path))).info.warnings == ()
+    for name in ("fox/1.heic", "fox/2.HEIC", "cat/3.heic", "cat/notes.txt", "README", ".DS_Store", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"what it may be")
+    info = read_all(data_config(source="images", path=str(tmp_path))).info
+    assert info.class_names == CLASSES
+    (told,) = info.warnings
+    assert told.startswith("5 file(s) in data.path are not read")
+    counted = told.partition("as those of images: ")[2].partition(" (read are .png, ")[0]
+    assert sorted(counted.split(", ")) == ["1 .txt", "1 without a suffix", "3 .heic"]
+
+
+@pytest.mark.parametrize(
+    ("written", "classes"),
+    [
+        (("01", "1", ""), ("01", "1")), (("001", "002", "003"), ("001", "002", "003")),
+        (("0", "2", "10"), tuple(map(str, range(11)))), (("0", " 1", "2"), ("0", "1", "2")),
+        (("-0", "0", "1"), ("-0", "0", "1")),
+    ],
+)  # fmt: skip
+def test_labels_of_a_table_are_what_is_written(
+    tmp_path: Path, written: tuple[str, ...], classes: tuple[str, ...]
+) -> None:
+    names = write_folder(tmp_path, pixels(60))
+    lines = [f"{name},{written[n % 3]},0{n},{n // 6:02}" for n, name in enumerate(names)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,class,key,who", *lines]))
+    columns = {"input": "file", "label": "class", "id": "key"}
+    keys = {"source": "images", "path": str(tmp_path), "table": "t.csv", "columns": columns}
+    found = read_all(data_config(**keys, split={"group_by": "who"}))
+    assert found.info.class_names == classes
+    assert [found.info.class_names[label] if label >= 0 else "" for label in found.labels] == [
+        written[n % 3].strip() for n in range(60)
+    ]
+    assert found.ids == [f"0{n}" for n in range(60)]
+
+
+def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    names = write_folder(tmp_path, pixels(6))
+    (tmp_path / "t.csv").write_text("\n".join(["file,class,class", *(f"{name},1,2" for name in names)]))
+    columns = {"input": "file", "label": "class"}
+    with pytest.raises(UserError, match=r"data\.columns\.label: .*t\.csv has several columns 'class'"):
+        read_all(data_config(source="images", path=str(tmp_path), table="t.csv", columns=columns))
+
+
+@pytest.mark.parametrize("source", ["images", "huggingface"])
+def test_looking_for_bad_rows_takes_little_memory_however_large_they_are(tmp_path: Path, source: str) -> None:
+    """60 images of 3 MB each, decoded a few at a time."""
+    large = png(np.zeros((1000, 1000, 3), np.uint8))
+    if source == "images":
+        for number, name in enumerate(write_folder(tmp_path, pixels(60))):
+            (tmp_path / name).write_bytes(large if number != 7 else b"none")
+        config = data_config(source="images", path=str(tmp_path))
+    else:
+        import datasets
+
+        rows = {"image": [{"bytes": large if n != 7 else b"none", "path": None} for n in range(60)]}
+        columns = datasets.Features(image=datasets.Image())
+        datasets.Dataset.from_dict(rows, features=columns).save_to_disk(tmp_path)
+        config = data_config(source="huggingface", path=str(tmp_path), columns={"input": "image"})
+    bad_rows(config)  # what is imported and kept counts no more
+    tracemalloc.start()
+    try:
+        assert len(bad_rows(config)) == 1
+        assert tracemalloc.get_traced_memory()[1] < 45e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_files_of_few_images_of_a_dataset_are_in_memory_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset(pixels(60, 12, 12)).save_to_disk(str(tmp_path))
+    taken: list[int] = []
+    whole = HuggingfaceSource._rows
+
+    def counted(self: HuggingfaceSource, rows: Any) -> Any:
+        taken.append(len(rows))
+        return whole(self, rows)
+
+    monkeypatch.setattr(HuggingfaceSource, "_rows", counted)
+    columns = {"input": "image", "label": "label"}
+    keys: dict[str, Any] = {"source": "huggingface", "path": str(tmp_path), "columns": columns}
+    found = read_all(data_config(**keys, input={"resize": [2, 2]}))
+    assert found.inputs.shape == (60, 1, 2, 2)
+    assert max(taken) <= 16
+
+
 # --- saved Hugging Face datasets -------------------------------------------------------------------------------------
 
 
@@ -224,6 +341,23 @@ def test_the_splits_of_a_saved_dict_are_kept(tmp_path: Path) -> None:
     assert split_sizes(found.info.splits) == {"train": 27, "validation": 3, "test": 12}
     assert all(found.ids[row].startswith("test/") for row in found.info.splits["test"])
     assert np.array_equal(found.inputs[30:, 0], pixels(12, seed=1))
+
+
+def test_a_split_without_any_label_is_unlabelled(tmp_path: Path) -> None:
+    import datasets
+
+    rows = {"row": [[float(n), 1.0] for n in range(20)], "label": ["ant", "bee"] * 10}
+    test = datasets.Dataset.from_dict(rows | {"label": [None] * 20})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows), "test": test}).save_to_disk(tmp_path / "saved")
+    keys: dict[str, Any] = {
+        "source": "huggingface", "path": str(tmp_path / "saved"), "columns": {"input": "row", "label": "label"}
+    }  # fmt: skip
+    assert read_all(data_config(**keys)).labels == [0, 1] * 10 + [-1] * 20
+    test = datasets.Dataset.from_dict(rows | {"label": [0, 1] * 10})
+    shutil.rmtree(tmp_path / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows), "test": test}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(UserError, match=r"data\.columns\.label: .* column 'label' has several types .*string, int64"):
+        read_all(data_config(**keys))
 
 
 def test_saved_datasets_that_cannot_be(tmp_path: Path) -> None:

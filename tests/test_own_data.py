@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from distill_ray.errors import UserError
-from distill_ray.sources import ParquetSource, open_source
+from distill_ray.sources import ParquetSource, decoding, open_source
 from tests.object_store import BUCKET, object_store
 from tests.own_data import bad_rows, data_config, fixed_list, pixels, png, read_all, write_parquet
 
@@ -162,6 +162,31 @@ def test_grey_images_have_one_channel_unless_three_are_asked_for(tmp_path: Path)
     assert np.array_equal(read_all(parquet(path)).inputs[:, 0], images)
     three = read_all(parquet(path, input={"channels": 3})).inputs
     assert np.array_equal(three, np.repeat(images[:, np.newaxis], 3, axis=1))
+
+
+def test_one_image_in_colours_of_many_grey_ones_keeps_them(tmp_path: Path) -> None:
+    images = [png(image) for image in pixels(60)]
+    images[48] = png(pixels(1, channels=3)[0])  # the first of a row group
+    path = write_parquet(tmp_path / "rows.parquet", {"x": images, "y": LABELS})
+    assert read_all(parquet(path)).info.shape == (3, 6, 5)
+
+
+def test_rows_that_are_large_in_the_file_are_read_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [png(image) for image in pixels(60, 500, 500)]  # 250 kB each, and 16 bytes when they are resized
+    path = write_parquet(tmp_path / "rows.parquet", {"x": images, "y": LABELS}, row_group_size=60, use_dictionary=False)
+    taken: list[int] = []
+    decode = decoding.images
+
+    def counted(column: Any, *more: Any) -> Any:
+        taken.append(len(column))
+        return decode(column, *more)
+
+    monkeypatch.setattr(decoding, "images", counted)
+    found = read_all(parquet(path, input={"resize": [4, 4]}))
+    assert found.inputs.shape == (60, 1, 4, 4)
+    assert max(taken) * 250_000 <= 8 * 2**20
 
 
 def test_a_photograph_is_turned_as_its_exif_says(tmp_path: Path) -> None:
@@ -373,6 +398,37 @@ def test_files_of_two_types(tmp_path: Path) -> None:
     write_parquet(tmp_path / "set" / "b.parquet", {"x": X, "y": ["cat"] * 60})
     with pytest.raises(UserError, match=r"column 'y' is int64 in .*a\.parquet, but string in .*b\.parquet"):
         read_all(parquet(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("empty", [0, 1, 2])
+@pytest.mark.parametrize("word", [False, True])
+def test_a_file_without_any_value_in_a_column_has_the_type_of_the_others(
+    tmp_path: Path, empty: int, word: bool
+) -> None:
+    for number, name in enumerate("abc"):
+        values = [n if not word else ("ant", "bee")[n % 2] for n in range(2)] * 10
+        columns = {"x": X.slice(0, 20), "y": values, "key": [number * 20 + n for n in range(20)]}
+        if number == empty:
+            columns |= {"y": pa.nulls(20), "key": pa.nulls(20)}
+        write_parquet(tmp_path / "set" / f"{name}.parquet", columns)
+    found = read_all(parquet(tmp_path / "set", columns={"id": "key"}))
+    assert found.ids == [None if n // 20 == empty else n for n in range(60)]
+    assert found.labels == [-1 if n // 20 == empty else n % 2 for n in range(60)]
+    assert found.info.class_names == (("ant", "bee") if word else ("0", "1"))
+
+
+def test_two_types_are_told_though_the_first_file_has_none(tmp_path: Path) -> None:
+    for name, values in (("a", pa.nulls(60)), ("b", LABELS), ("c", ["cat"] * 60)):
+        write_parquet(tmp_path / "set" / f"{name}.parquet", {"x": X, "y": values})
+    with pytest.raises(UserError, match=r"column 'y' is int64 in .*b\.parquet, but string in .*c\.parquet"):
+        read_all(parquet(tmp_path / "set"))
+
+
+def test_an_input_that_one_file_has_no_value_of_is_missing_row_by_row(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "set" / "a.parquet", {"x": X, "y": LABELS})
+    write_parquet(tmp_path / "set" / "b.parquet", {"x": pa.nulls(3), "y": LABELS[:3]})
+    found = bad_rows(parquet(tmp_path / "set"))
+    assert found == [f"{tmp_path / 'set' / 'b.parquet'}, row {n}: its input is null" for n in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from distill_ray.storage import Folder
@@ -192,3 +193,20 @@ def test_what_is_wrong_with_labels_is_told_before_an_input_is_read(tmp_path: Pat
     assert done.code == 2
     assert f"{path}, row 2 has the label 2, out of range for 2 classes" in done.stderr.splitlines()[-1]
     assert not list((tmp_path / "runs").glob("artifacts/data-*/*.arrow"))
+
+
+def test_a_file_without_any_label_beside_others_that_have_them(tmp_path: Path) -> None:
+    """Small enough for one task, whose rows Ray puts together to one block."""
+    made = columns()
+    for number, name in enumerate("abcd"):
+        at = slice(number * 100, number * 100 + 100)
+        part = {"x": made["x"][at], "y": made["y"][at], "key": made["key"][at]}
+        write_parquet(tmp_path / "set" / f"{name}.parquet", part | ({} if number % 2 else {"y": pa.nulls(100)}))
+    done = prepare(write_config(tmp_path, run_of(tmp_path / "set")), tmp_path / "runs")
+    assert done.code == 0, done.stderr
+    store = store_in(tmp_path / "runs")
+    names, found = store.manifest.class_names, rows_of(store)
+    assert len(found) == 400
+    for number in range(400):
+        label = found[made["key"][number]][3]
+        assert (None if label is None else names[label]) == (made["y"][number] if number // 100 % 2 else None)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill_ray import placing
+from distill_ray import placing, runtime
 from distill_ray.config import ClusterConfig, from_dict
 from distill_ray.errors import UserError
 from distill_ray.placing import Node, Placement
@@ -100,3 +100,20 @@ def test_fp16_without_a_gpu_is_refused_before_any_work(key: str) -> None:
     with pytest.raises(UserError, match=f"{key}: fp16 needs a GPU"):
         placing.preflight(from_dict(raw), [Node(8, 0)])
     placing.preflight(from_dict(raw), [Node(8, 1)])
+
+
+def test_what_every_node_must_see_is_what_the_data_is_read_from() -> None:
+    columns = {"input": "x", "label": "y"}
+
+    def found(**data: Any) -> dict[str, str]:
+        return runtime.local_sources(from_dict(SMALL_RUN | {"data": data}).data)
+
+    assert found(source="glyph62") == {}
+    assert found(source="parquet", path="/a/b/part-*.parquet", root="/a/png[1]", columns=columns) == {
+        "data.path": "/a/b", "data.root": "/a/png[1]"
+    }  # fmt: skip
+    assert found(source="parquet", path="s3://a/b", root="/png", columns=columns) == {"data.root": "/png"}
+    assert found(source="images", path="/a", table="t.csv", columns=columns) == {"data.path": "/a"}
+    assert found(source="images", path="/a", table="/b/t.csv", columns=columns) == {
+        "data.path": "/a", "data.table": "/b/t.csv"
+    }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from sklearn.datasets import load_digits, load_wine
 
 from distill_ray import config as configs
 from distill_ray.errors import UserError
+from distill_ray.sources import SPLITS, info_of, open_source
 from distill_ray.starting import Wishes, first_config
 from tests.harness import distill_ray, only
+from tests.own_data import pixels, png, write_parquet
 
 
 def started(path: Path, **wishes: Any) -> dict[str, Any]:
@@ -65,7 +68,9 @@ def test_a_folder_a_class_under_its_own_splits(tmp_path: Path) -> None:
         Image.fromarray((image.reshape(8, 8) * 15).astype(np.uint8)).save(folder / f"{number}.png")
     text = first_config(str(tmp_path), "png", Wishes())
     config = yaml.safe_load(text)
-    assert config["data"] == {"source": "images", "path": str(tmp_path)}
+    # Validation rows are cut from the training rows, of every class some.
+    split = {"fractions": [0.9, 0.1], "stratify": True}
+    assert config["data"] == {"source": "images", "path": str(tmp_path), "split": split}
     assert config["teacher"]["model"]["name"] == "char_cnn"
     assert "the data's own (test, train)" in text
 
@@ -81,6 +86,154 @@ def test_a_column_of_splits_is_taken(tmp_path: Path) -> None:
     config = started(tmp_path / "own.parquet")
     assert config["data"]["split"] == {"column": "split"}
     assert config["data"]["columns"] == {"input": ["x", "z"], "label": "y"}
+
+
+def written_images(root: Path, folders: tuple[str, ...], side: int = 8) -> Path:
+    """60 images of two classes below these folders."""
+    for number in range(60):
+        folder = root / folders[number % len(folders)] / ("cat", "dog")[number // len(folders) % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(png(pixels(1, side, side, seed=number)[0]))
+    return root
+
+
+def written_table(root: Path, parts: tuple[str, ...]) -> Path:
+    """60 rows of two numbers with a column of splits."""
+    columns = {"x": np.arange(60.0), "z": np.arange(60.0), "y": np.arange(60) // len(parts) % 2}
+    return write_parquet(root / "rows.parquet", columns | {"split": [parts[n % len(parts)] for n in range(60)]})
+
+
+def written_dataset(root: Path, parts: tuple[str, ...]) -> Path:
+    """A dataset of 30 rows for each of these splits."""
+    import datasets
+
+    rows = {"row": [[float(n), 1.0] for n in range(30)], "label": [n % 2 for n in range(30)]}
+    datasets.DatasetDict({part: datasets.Dataset.from_dict(rows) for part in parts}).save_to_disk(root)
+    return root
+
+
+OWN_SPLITS = [
+    (("train", "val", "test"), None, ""),
+    (("train", "test"), {"fractions": [0.9, 0.1], "stratify": True}, "validation cut from train"),
+    (
+        ("train", "val"),
+        {"values": {"train": ["train"], "test": ["val"]}, "fractions": [0.9, 0.1], "stratify": True},
+        "its val is our test; validation cut from train",
+    ),
+    (("train",), {"fractions": [0.8, 0.1, 0.1], "stratify": True}, "validation and test cut from train"),
+    (
+        ("test",), {"values": {"train": ["test"]}, "fractions": [0.8, 0.1, 0.1], "stratify": True},
+        "its test is our train; validation and test cut from train",
+    ),
+    (
+        ("validation", "test"),
+        {"values": {"train": ["validation"], "test": ["test"]}, "fractions": [0.9, 0.1], "stratify": True},
+        "its validation is our train; validation cut from train",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("write", [written_images, written_table, written_dataset])
+@pytest.mark.parametrize(("parts", "split", "said"), OWN_SPLITS)
+def test_whatever_splits_the_data_has_every_one_of_ours_gets_rows(
+    tmp_path: Path, write: Callable[..., Path], parts: tuple[str, ...], split: dict[str, Any] | None, said: str
+) -> None:
+    text = first_config(str(write(tmp_path / "own", parts)), "own", Wishes())
+    found = yaml.safe_load(text)["data"].get("split", {})
+    assert {key: value for key, value in found.items() if key != "column"} == (split or {})
+    assert said in text
+    info = info_of(open_source(configs.from_dict(yaml.safe_load(text)).data))
+    assert {name: len(rows) > 0 for name, rows in info.splits.items()} == dict.fromkeys(SPLITS, True)
+
+
+@pytest.mark.parametrize("write", [written_images, written_table, written_dataset])
+def test_data_without_a_test_split_is_prepared_as_init_has_written(tmp_path: Path, write: Callable[..., Path]) -> None:
+    config = tmp_path / "own.yaml"
+    assert distill_ray("init", write(tmp_path / "own", ("train", "val")), "--config", config).code == 0
+    done = distill_ray("prepare", config, "--out", tmp_path / "runs")
+    assert done.code == 0, done.stderr
+    assert only(tmp_path, "runs/artifacts/data-*/manifest.json")
+
+
+def test_splits_whose_names_say_nothing_are_left_out_or_all_are_train(tmp_path: Path) -> None:
+    some = started(written_dataset(tmp_path / "some", ("train", "test", "extra")))
+    assert some["data"]["split"]["values"] == {"train": ["train"], "test": ["test"]}
+    none = started(written_dataset(tmp_path / "none", ("2019", "2020")))
+    assert none["data"]["split"]["values"] == {"train": ["2019", "2020"]}
+    table = first_config(str(written_table(tmp_path / "table", ("a", "b"))), "table", Wishes())
+    assert "column" not in yaml.safe_load(table)["data"]["split"]
+    assert "# not used: split" in table
+    with pytest.raises(UserError, match=r"init: --split split: it holds 'a', which means no split"):
+        started(tmp_path / "table" / "rows.parquet", split="split")
+
+
+def test_rare_classes_are_divided_such_that_each_is_in_train(tmp_path: Path) -> None:
+    """By chance one in five of the classes of one row would have it in another split."""
+    labels = ["common"] * 60 + [f"rare {n}" for n in range(40)]
+    write_parquet(tmp_path / "rows.parquet", {"x": np.arange(100.0), "label": labels})
+    config = configs.from_dict(started(tmp_path / "rows.parquet"))
+    assert set(info_of(open_source(config.data)).splits) == set(SPLITS)
+    write_parquet(tmp_path / "few.parquet", {"x": np.arange(30.0), "label": [0] * 15 + [1] * 15})
+    assert started(tmp_path / "few.parquet")["data"]["split"]["stratify"] is True
+
+
+def test_images_of_several_sizes_are_resized_and_large_ones_lie_in_small_shards(tmp_path: Path) -> None:
+    written_images(tmp_path / "mixed", ("",), 8)
+    (tmp_path / "mixed" / "dog" / "59.png").write_bytes(png(pixels(1, 10, 12)[0]))
+    text = first_config(str(tmp_path / "mixed"), "mixed", Wishes())
+    assert yaml.safe_load(text)["data"]["input"] == {"resize": [8, 8]}
+    assert "those looked at have 8 to 10 by 8 to 12" in text
+    for name in ("1", "2"):
+        for number in range(10):
+            place = tmp_path / "large" / name / f"{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(png(np.full((300, 300, 3), number, np.uint8)))
+    data = started(tmp_path / "large")["data"]
+    assert "input" not in data
+    assert data["shard_rows"] == 128
+    assert data["shard_rows"] * 3 * 300 * 300 <= 100 * 2**20
+
+
+def test_what_is_taken_by_its_name_can_be_left_out(tmp_path: Path) -> None:
+    columns = {"x": np.arange(60.0), "z": np.arange(60.0), "y": np.arange(60) // 3 % 2, "key": [7, 8] * 30}
+    path = write_parquet(tmp_path / "own.parquet", columns | {"split": ["train", "val", "test"] * 20})
+    with pytest.raises(UserError, match=r"is the id of two rows.*\(init took the column by its name: --no-id leaves"):
+        started(path)
+    found = started(path, no_id=True)["data"]
+    assert found["columns"] == {"input": ["x", "z"], "label": "y"}  # the ids are no input, either
+    assert found["split"] == {"column": "split"}
+    assert started(path, no_id=True, no_split=True)["data"]["split"] == {
+        "fractions": [0.8, 0.1, 0.1], "stratify": True
+    }  # fmt: skip
+    done = distill_ray("init", path, "--id", "key", "--no-id", "--config", tmp_path / "own.yaml")
+    assert (done.code, "--id key and --no-id contradict each other" in done.stderr) == (2, True)
+    done = distill_ray("init", path, "--no-id", "--no-split", "--config", tmp_path / "own.yaml")
+    assert done.code == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "two\nlines", "x\nteacher: {model: {name: evil}}", "#", "a: b", "tab\t", "\u2028line", "\x85next", "'\"", "🦊",
+        "-", "]}", "\ufeff",
+    ],
+)  # fmt: skip
+def test_names_may_hold_anything(tmp_path: Path, odd: str) -> None:
+    """Of columns and of classes: each is in the YAML as a value or in a comment, and neither ends early."""
+    columns = {odd: np.arange(60.0), f"{odd}2": np.arange(60.0), f"{odd}3": ["text"] * 60}
+    path = write_parquet(tmp_path / "own.parquet", columns | {f"{odd}4": [odd, "other"] * 30})
+    text = first_config(str(path), "own", Wishes(label=f"{odd}4"))
+    config = yaml.safe_load(text)
+    assert list(config) == ["name", "data", "teacher", "student"]
+    assert config["data"]["columns"] == {"input": [odd, f"{odd}2"], "label": f"{odd}4"}
+    assert config["teacher"]["model"]["name"] == "mlp"
+    assert len(text.splitlines()) == text.count("\n")  # whatever else may be taken as the end of a line
+
+
+def test_without_a_column_of_labels_it_says_which_there_are(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "own.parquet", {"x": np.arange(60.0), "which": ["a", "b"] * 30})
+    with pytest.raises(UserError, match=r"no column is known to hold the classes \(there are: x, which\).*--label"):
+        started(path)
 
 
 def test_uneven_classes_are_told(tmp_path: Path) -> None:

@@ -27,10 +27,12 @@ __all__ = [
     "SourceInfo",
     "StreamedSource",
     "described",
+    "in_steps",
     "split_by_fractions",
 ]
 
 _NAMED = 5  # bad rows that are named one by one
+_STEP_BYTES = 8 * 2**20  # of decoded rows that are only looked at
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,14 @@ class OwnSource(Source, Protocol):
 
     def info(self, bad: Sequence[BadRow] = ()) -> SourceInfo:
         """Shape, classes and splits, without the bad rows."""
+        ...
+
+    def layout(self) -> Layout:
+        """Shape and dtype of the rows, from the first that can be used."""
+        ...
+
+    def sample(self) -> Iterator[bytes]:
+        """Some image files, from the first row to the last, of a source of images; none of rows without one."""
         ...
 
     def bad_rows(self, indices: Indices) -> list[BadRow]:
@@ -166,6 +176,13 @@ def described(
         named = "; ".join(str(row) for row in bad[:_NAMED])
         warnings = (*warnings, f"{len(bad)} row(s) are left out, whose input cannot be used: {named}")
     return SourceInfo(layout.shape, layout.dtype, names, False, splits, warnings, labels, len(bad))
+
+
+def in_steps(indices: Indices, row_bytes: int) -> Iterator[Indices]:
+    """The rows, as many at a time as take little memory once they are decoded."""
+    rows = max(1, _STEP_BYTES // max(1, row_bytes))
+    for start in range(0, len(indices), rows):
+        yield indices[start : start + rows]
 
 
 def check_bad_rows(config: OwnData, bad: Sequence[BadRow]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +29,9 @@ Array = npt.NDArray[Any]
 
 # Of the formats that Pillow knows, those that are pictures and nothing else: it hands EPS to ghostscript.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_GREY = ("L", "1", "LA")
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+SAMPLE_ROWS = 32  # images that are looked at before one shape is said to be that of all
 _INT32 = np.iinfo(np.int32)
 
 
@@ -260,6 +262,31 @@ def images(
     return inputs, faults
 
 
+def with_colours(shape: tuple[int, ...], wish: InputWish, sample: Iterable[bytes]) -> tuple[int, ...]:
+    """``shape``, that of the first image, with three channels where it is grey and one of a ``sample`` of files is not.
+
+    Of the sample only headers are looked at; what is no image is left to those who decode it.
+    """
+    if shape[0] != 1 or wish.channels is not None or not any(map(_has_colours, sample)):
+        return shape
+    return (3, *shape[1:])
+
+
+def _has_colours(data: bytes) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+                return file.mode not in (*_GREY, *_DEEP)
+    except Exception:  # whatever the decoders of damaged files raise
+        return False
+
+
+def sampled(count: int, most: int = SAMPLE_ROWS) -> list[int]:
+    """The numbers below ``count`` that are looked at, in equal steps: the same each time."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most)).tolist()})
+
+
 def encoded(column: pa.Array, row: int, open_path: Callable[[str], bytes]) -> bytes:
     """The bytes of an image file: of the column itself, or of the file that it names.
 
@@ -287,7 +314,8 @@ def decode(data: bytes, wish: InputWish, channels: int | None = None) -> npt.NDA
     """An image [channels, height, width]; resized where ``wish`` says so. Without ``channels``: as the file has it.
 
     Raises:
-        Undecodable: it is no image, is damaged, or has more than 8 bits a channel.
+        Undecodable: it is no image, is damaged, or has more than 8 bits a channel; or it has colours, which
+            ``channels`` would take from it though ``wish`` does not ask for that.
     """
     try:
         with warnings.catch_warnings():
@@ -296,7 +324,12 @@ def decode(data: bytes, wish: InputWish, channels: int | None = None) -> npt.NDA
                 if file.mode in _DEEP:
                     raise Undecodable("its image has more than 8 bits a channel: convert it to 8 bits first")
                 image: Image.Image = ImageOps.exif_transpose(file)
-                wanted = channels or wish.channels or (1 if image.mode in ("L", "1", "LA") else 3)
+                wanted = wish.channels or channels or (1 if image.mode in _GREY else 3)
+                if wanted == 1 and wish.channels is None and image.mode not in _GREY:
+                    raise Undecodable(
+                        "its image has colours, and those that were looked at before are grey: data.input.channels (1 "
+                        "or 3) says what all become"
+                    )
                 image = image.convert("L" if wanted == 1 else "RGB")
                 if wish.resize is not None:
                     height, width = wish.resize

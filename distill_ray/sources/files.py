@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,18 +34,22 @@ class File:
         return [self.uri, self.size, self.mtime_ns]
 
 
-def find(key: str, location: str, suffixes: Sequence[str], *, hidden: tuple[str, ...] = (".", "_")) -> list[File]:
+def find(
+    key: str, location: str, suffixes: Sequence[str], *, hidden: tuple[str, ...] = (".", "_"),
+    others: Counter[str] | None = None,
+) -> list[File]:  # fmt: skip
     """The files at a path, a folder (searched with all below it) or a pattern, sorted by name.
 
     In a folder only files with one of ``suffixes`` count, and none whose path has a part that starts with one
-    of ``hidden``, such as ``_SUCCESS``. ``key`` names the config key in errors.
+    of ``hidden``, such as ``_SUCCESS``. ``key`` names the config key in errors. ``others`` counts, by suffix, the files
+    of a folder that are left out and not hidden.
 
     Raises:
         UserError: there is nothing, or it cannot be read.
     """
     base, pattern, options = split_location(location)
     try:
-        found = list(_below(base + options, pattern, suffixes, hidden))
+        found = list(_below(base + options, pattern, suffixes, hidden, others))
     except FileNotFoundError:
         raise UserError(f"{key} {location}: no such file or folder") from None
     except (OSError, pa.ArrowException, ValueError) as error:
@@ -69,7 +74,9 @@ def split_location(location: str) -> tuple[str, str, str]:
     return place[:cut] or "/", place[cut + 1 :], options
 
 
-def _below(base: str, pattern: str, suffixes: Sequence[str], hidden: tuple[str, ...]) -> Iterator[File]:
+def _below(
+    base: str, pattern: str, suffixes: Sequence[str], hidden: tuple[str, ...], others: Counter[str] | None
+) -> Iterator[File]:
     filesystem, root = filesystem_of(base)
     info = filesystem.get_file_info(root)
     if info.type == pafs.FileType.NotFound:
@@ -82,15 +89,16 @@ def _below(base: str, pattern: str, suffixes: Sequence[str], hidden: tuple[str, 
     selector = pafs.FileSelector(root, recursive=not pattern or "/" in pattern or "**" in pattern)
     for entry in filesystem.get_file_info(selector):
         name = entry.path[len(root) :].lstrip("/") if entry.path.startswith(root) else entry.path
-        if entry.type != pafs.FileType.File or not _counts(name, wanted, suffixes, hidden):
+        if entry.type != pafs.FileType.File or (wanted is None and _is_hidden(name, hidden)):
             continue
-        yield File(join(base, name), name, int(entry.size), int(entry.mtime_ns or 0))
+        if name.lower().endswith(tuple(suffixes)) if wanted is None else wanted.match(name):
+            yield File(join(base, name), name, int(entry.size), int(entry.mtime_ns or 0))
+        elif others is not None and wanted is None:
+            others[PurePosixPath(name).suffix.lower()] += 1
 
 
-def _counts(name: str, wanted: re.Pattern[str] | None, suffixes: Sequence[str], hidden: tuple[str, ...]) -> bool:
-    if wanted is not None:
-        return wanted.match(name) is not None
-    return not any(part.startswith(hidden) for part in name.split("/")) and name.lower().endswith(tuple(suffixes))
+def _is_hidden(name: str, hidden: tuple[str, ...]) -> bool:
+    return any(part.startswith(hidden) for part in name.split("/"))
 
 
 def join(base: str, name: str) -> str:

@@ -6,7 +6,8 @@ Its Arrow files are mapped, not read: rows are taken by number. Images are decod
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -20,10 +21,12 @@ from distill_ray.config import HuggingfaceData
 from distill_ray.errors import UserError
 from distill_ray.sources import decoding, files
 from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed
-from distill_ray.sources.base import BadRow, Examples, Indices, SourceInfo, check_bad_rows, described
+from distill_ray.sources.base import BadRow, Examples, Indices, SourceInfo, check_bad_rows, described, in_steps
 from distill_ray.sources.decoding import Layout
 from distill_ray.sources.images import refuse_duplicates
 from distill_ray.sources.parquet import plain_id, wished
+
+_IMAGES_AT_ONCE = 16  # whose files are in memory together
 
 
 class HuggingfaceSource:
@@ -74,9 +77,16 @@ class HuggingfaceSource:
         """Rows of all splits."""
         return int(self._starts[-1])
 
-    def _columns(self, name: str, key: str) -> list[pa.ChunkedArray]:
-        """A column of every part, whole; for small ones."""
-        return [part.with_format("arrow")[:].column(name) for _, part in self._with(name, key)]
+    def _column(self, name: str, key: str) -> pa.ChunkedArray:
+        """A column of all parts, whole; for small ones."""
+        columns = [decoding.plain(part.with_format("arrow")[:].column(name)) for _, part in self._with(name, key)]
+        try:  # a part without any value has it as null
+            return pa.concat_tables([pa.table({name: column}) for column in columns], promote_options="default")[name]
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            types = ", ".join(dict.fromkeys(str(column.type) for column in columns))
+            raise UserError(
+                f"{key}: {self._config.path}: column {name!r} has several types in its splits ({types}): give it one"
+            ) from None
 
     def _with(self, name: str, key: str) -> list[tuple[str | None, Any]]:
         for split, part in self._used:
@@ -96,7 +106,7 @@ class HuggingfaceSource:
         picked: dict[str, pa.ChunkedArray | pa.Array] = {}
         for use, (name, key) in named.items():
             if name is not None:
-                picked[use] = pa.chunked_array([decoding.plain(column) for column in self._columns(name, key)])
+                picked[use] = self._column(name, key)
         if self._own_splits is not None:
             if SPLIT in picked:
                 raise UserError("data.split.column: the saved dataset has splits of its own: leave it out")
@@ -168,7 +178,25 @@ class HuggingfaceSource:
         dtype = "uint8" if kind in ("images", "paths") else decoding.dtype_of(name, table.schema.field(name).type)
         if kind == "scalars":
             return wished(Layout(kind, (1,), dtype), self._config)
-        return wished(Layout(kind, self._first_shape(kind, name), dtype), self._config)
+        shape = self._first_shape(kind, name)
+        if kind != "list":
+            shape = decoding.with_colours(shape, self._config.input, self.sample())
+        return wished(Layout(kind, shape, dtype), self._config)
+
+    def layout(self) -> Layout:
+        """Shape and dtype of the rows."""
+        return self._layout
+
+    def split_values(self) -> list[str | None]:
+        """What data.split.column holds, every value once."""
+        return self._small.column(SPLIT).cast(pa.string()).unique().to_pylist()  # type: ignore[no-any-return]
+
+    def sample(self) -> Iterator[bytes]:
+        """Some image files, from the first row to the last; none of rows without one."""
+        (name,) = self._input_names
+        for row in decoding.sampled(self.rows):
+            with suppress(decoding.Undecodable):
+                yield decoding.encoded(decoding.plain(self._rows(np.asarray([row])).column(name)), 0, self._open)
 
     def _first_shape(self, kind: decoding.Kind, name: str) -> tuple[int, ...]:
         bad: list[BadRow] = []
@@ -214,19 +242,28 @@ class HuggingfaceSource:
 
     def bad_rows(self, indices: Indices) -> list[BadRow]:
         """Those of these rows whose input cannot be used."""
-        return self._read(indices)[1]
+        return [bad for part in in_steps(indices, self._layout.row_bytes) for bad in self._read(part)[1]]
 
     def _read(self, indices: Indices) -> tuple[Any, list[BadRow]]:
-        table, layout = self._rows(indices), self._layout
-        columns = [decoding.plain(table.column(name)) for name in self._input_names]
-        if layout.kind == "list":
-            inputs, faults = decoding.lists(columns[0], layout)
-        elif layout.kind == "scalars":
-            inputs, faults = decoding.scalars(columns, self._input_names, layout)
-        else:
-            inputs, faults = decoding.images(columns[0], layout, self._config.input, self._open)
+        layout = self._layout
+        inputs = np.zeros((len(indices), *layout.shape), dtype=layout.dtype)
+        faults: decoding.Faults = {}
+        # Images may be many times as large in their files as they are here, once they are resized.
+        step = _IMAGES_AT_ONCE if layout.kind in ("images", "paths") else len(indices)
+        for start in range(0, len(indices), step):
+            inputs[start : start + step], wrong = self._decoded(indices[start : start + step], layout)
+            faults |= {start + offset: reason for offset, reason in wrong.items()}
         bad = [BadRow(int(indices[at]), self.name_of(int(indices[at])), why) for at, why in sorted(faults.items())]
         return inputs, bad
+
+    def _decoded(self, indices: Indices, layout: Layout) -> tuple[decoding.Array, decoding.Faults]:
+        table = self._rows(indices)
+        columns = [decoding.plain(table.column(name)) for name in self._input_names]
+        if layout.kind == "list":
+            return decoding.lists(columns[0], layout)
+        if layout.kind == "scalars":
+            return decoding.scalars(columns, self._input_names, layout)
+        return decoding.images(columns[0], layout, self._config.input, self._open)
 
     def _ids(self, indices: Indices) -> pa.Array:
         if ID in self._small.column_names:
@@ -270,6 +307,6 @@ def _opened(path: str, state: str) -> list[tuple[str | None, Any]]:
 
 
 def schema_of(location: str) -> tuple[pa.Schema, list[str]]:
-    """The columns of a saved dataset, and the names of its splits, none where it is no DatasetDict."""
+    """The columns of a saved dataset, and the names of its splits that have rows, none where it is no DatasetDict."""
     parts = _saved(location)
-    return parts[0][1].features.arrow_schema, [name for name, _ in parts if name is not None]
+    return parts[0][1].features.arrow_schema, [name for name, part in parts if name is not None and len(part)]

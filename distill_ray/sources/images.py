@@ -5,7 +5,10 @@ Folders named train, validation (or val, valid, dev) and test at the top are the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -13,17 +16,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from distill_ray.config import ColumnsConfig, ImagesData
 from distill_ray.errors import RunError, UserError
 from distill_ray.sources import decoding, files
 from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed
-from distill_ray.sources.base import BadRow, Examples, Indices, SourceInfo, check_bad_rows, described
+from distill_ray.sources.base import BadRow, Examples, Indices, SourceInfo, check_bad_rows, described, in_steps
 from distill_ray.sources.decoding import Layout
 from distill_ray.storage import filesystem_of, reason_of
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+_HIDDEN = (".",)  # cameras call their files _MG_1234.JPG
+_NAMED_SUFFIXES = 5
 _ALIASES = frozenset(("train", "validation", "val", "valid", "dev", "test"))
 
 
@@ -41,7 +47,15 @@ class ImagesSource:
 
     @cached_property
     def _files(self) -> list[files.File]:
-        return _found(self._config.path)
+        found = files.find("data.path", self._config.path, _SUFFIXES, hidden=_HIDDEN, others=self._others)
+        if len(found) == 1 and found[0].uri == self._config.path:
+            raise UserError(f"data.path {self._config.path}: is a file, not a folder of images")
+        return found
+
+    @cached_property
+    def _others(self) -> Counter[str]:
+        """Files that are no images by their names, by suffix."""
+        return Counter()
 
     @cached_property
     def _table_file(self) -> files.File:
@@ -80,14 +94,17 @@ class ImagesSource:
     def _from_table(self) -> pa.Table:
         columns, split = self._config.columns, self._config.split
         assert isinstance(columns, ColumnsConfig)
-        table = _table(self._table_file.uri, self._table_file.size, self._table_file.mtime_ns)
         wanted = {"input": (columns.input, "data.columns.input"), LABEL: (columns.label, "data.columns.label")}
         wanted |= {ID: (columns.id, "data.columns.id"), SPLIT: (split.column, "data.split.column")}
         wanted |= {GROUP: (split.group_by, "data.split.group_by")}
+        named = tuple(sorted({str(name) for name, _ in wanted.values() if name is not None}))
+        table = _table(self._table_file.uri, self._table_file.size, self._table_file.mtime_ns, named)
         picked = {}
         for use, (name, key) in wanted.items():
             if name is None:
                 continue
+            if table.column_names.count(name) > 1:
+                raise UserError(f"{key}: {self._table_file.uri} has several columns {name!r}: rename all but one")
             if name not in table.column_names:
                 hint = files.nearest(str(name), table.column_names)
                 raise UserError(f"{key}: {self._table_file.uri} has no column {name!r}: {hint}")
@@ -118,23 +135,50 @@ class ImagesSource:
         small = self._small.drop_columns(["input"])
         refuse_duplicates(small, self.name_of)
         annotations.add(0, condensed({name: small.column(name) for name in small.column_names}))
-        return described(self._config, annotations, self._layout, bad)
+        info = described(self._config, annotations, self._layout, bad)
+        return replace(info, warnings=(*info.warnings, *self._left_out()))
+
+    def _left_out(self) -> list[str]:
+        counted = self._others.most_common()
+        if not counted:
+            return []
+        named = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in counted[:_NAMED_SUFFIXES])
+        more = ", ..." if len(counted) > _NAMED_SUFFIXES else ""
+        return [
+            f"{sum(self._others.values()):,} file(s) in data.path are not read, whose names do not end as those of "
+            f"images: {named}{more} (read are {', '.join(_SUFFIXES)})"
+        ]
 
     @cached_property
     def _layout(self) -> Layout:
-        """From the first image that can be used."""
+        """From the first image that can be used, and whether one of a sample has colours."""
         from distill_ray.sources.parquet import wished
 
         bad = []
         for row in range(self.rows):
             try:
                 shape = decoding.decode(self._encoded(row), self._config.input).shape
+                shape = decoding.with_colours(shape, self._config.input, self.sample())
                 return wished(Layout("images", shape, "uint8"), self._config)
             except decoding.Undecodable as error:
                 bad.append(BadRow(row, self.name_of(row), str(error)))
                 if len(bad) > self._config.max_bad_rows:
                     check_bad_rows(self._config.model_copy(update={"max_bad_rows": 0}), bad)
         raise UserError(f"data.path {self._config.path}: no image can be used")
+
+    def layout(self) -> Layout:
+        """Shape and dtype of the rows."""
+        return self._layout
+
+    def split_names(self) -> list[str]:
+        """The splits that the data has of its own, by name."""
+        return sorted(set(self._small[SPLIT].to_pylist())) if SPLIT in self._small.column_names else []
+
+    def sample(self) -> Iterator[bytes]:
+        """Some image files, from the first row to the last; none of rows without one."""
+        for row in decoding.sampled(self.rows):
+            with suppress(decoding.Undecodable):
+                yield self._encoded(row)
 
     def _encoded(self, row: int) -> bytes:
         return decoding.encoded(self._inputs, row, lambda name: files.read(files.join(self._config.path, name)))
@@ -151,7 +195,7 @@ class ImagesSource:
 
     def bad_rows(self, indices: Indices) -> list[BadRow]:
         """Those of these rows whose image cannot be used."""
-        return self._read(indices)[2]
+        return [bad for part in in_steps(indices, self._layout.row_bytes) for bad in self._read(part)[2]]
 
     def _read(self, indices: Indices) -> tuple[Any, pa.Array, list[BadRow]]:
         layout = self._layout
@@ -188,26 +232,41 @@ def refuse_duplicates(small: pa.Table, name_of: Any) -> None:
         )
 
 
-def _found(path: str) -> list[files.File]:
-    found = files.find("data.path", path, _SUFFIXES, hidden=(".",))  # cameras call their files _MG_1234.JPG
-    if len(found) == 1 and found[0].uri == path:
-        raise UserError(f"data.path {path}: is a file, not a folder of images")
-    return found
-
-
 @lru_cache(maxsize=2)
-def _table(uri: str, size: int, mtime_ns: int) -> pa.Table:
+def _table(uri: str, size: int, mtime_ns: int, named: tuple[str, ...]) -> pa.Table:
+    """A table whose columns ``named`` are as they are written: of text where a number would be written otherwise."""
     try:
         if not size:
             raise UserError(f"{uri}: is empty (0 bytes)")
         filesystem, path = filesystem_of(uri)
         if uri.split("?")[0].lower().endswith(".parquet"):
             return pq.read_table(path, filesystem=filesystem)
-        with filesystem.open_input_stream(path) as stream:
-            # An empty field is no value; a class may well be called NA or null.
-            nulls = pa.csv.ConvertOptions(null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False)
-            return pa.csv.read_csv(stream, convert_options=nulls)
+        table = _csv(filesystem, path)
+        columns = {name: table[name] for name in named if table.column_names.count(name) == 1}
+        guessed = [name for name, column in columns.items() if pa.types.is_integer(column.type)]
+        texts = _csv(filesystem, path, guessed) if guessed else table
+        for name in guessed:
+            written = _as_written(columns[name], texts[name])
+            table = table.set_column(table.column_names.index(name), name, written)
+        return table
     except (OSError, pa.ArrowException) as error:
         if "://" in uri and isinstance(error, OSError):
             raise RunError(f"{uri}: cannot be read ({reason_of(error)}): try again later") from None
         raise UserError(f"{uri}: cannot be read as a table ({reason_of(error)})") from None
+
+
+def _csv(filesystem: pafs.FileSystem, path: str, texts: Sequence[str] = ()) -> pa.Table:
+    """The columns of a CSV file; or the ``texts`` alone, without a guess at what they mean."""
+    # An empty field is no value; a class may well be called NA or null.
+    convert = pa.csv.ConvertOptions(
+        null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False, include_columns=list(texts),
+        column_types=dict.fromkeys(texts, pa.string()),
+    )  # fmt: skip
+    with filesystem.open_input_stream(path) as stream:
+        return pa.csv.read_csv(stream, convert_options=convert)
+
+
+def _as_written(numbers: pa.ChunkedArray, texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Integers that were guessed from texts; the texts where one is not the integer's own, as 01 is not 1."""
+    own = pc.all(pc.equal(numbers.cast(pa.string()), pc.utf8_trim_whitespace(texts))).as_py()
+    return numbers if own in (True, None) else texts

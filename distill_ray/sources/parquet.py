@@ -6,8 +6,9 @@ read batch by batch. What is held at a time is a batch, whatever the size of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,8 @@ _PIECE_ROWS = 262_144
 _BATCH_BYTES = 8 * 2**20
 _MOST_BATCH_ROWS = 8192
 _BUFFER_BYTES = 2**20  # column chunks are read through a buffer of so much, not whole
+_SAMPLED_GROUPS, _SAMPLED_IN_GROUP = 8, 4  # row groups, and images of each, that are looked at for colours
+_MOST_SPLIT_VALUES = 100
 _LOOKED_AT = 1000  # rows in search of the first that can be used
 
 
@@ -103,8 +106,7 @@ class ParquetSource:
         return Footer(schema, tuple(rows), tuple(sizes))
 
     def _check_schemas(self, footers: Sequence[Footer]) -> None:
-        """Every column is in every file, and of one type."""
-        first = footers[0]
+        """Every column is in every file, and of one type, or of none (null) where a file has no value in it."""
         keys = dict.fromkeys(self._input_names, "data.columns.input")
         said = {
             LABEL: "data.columns.label",
@@ -113,18 +115,32 @@ class ParquetSource:
             GROUP: "data.split.group_by",
         }
         keys |= {name: said[use] for use, name in self._small_names.items()}
+        typed: dict[str, tuple[File, pa.DataType]] = {}
         for file, footer in zip(self.files, footers, strict=True):
             for name, key in keys.items():
                 if name not in footer.schema.names:
                     raise UserError(
                         f"{key}: {file.uri} has no column {name!r}: {files.nearest(name, footer.schema.names)}"
                     )
-                here, there = (decoding.storage_type(f.schema.field(name).type) for f in (footer, first))
-                if here != there and pa.null() not in (here, there):
+                here = decoding.storage_type(footer.schema.field(name).type)
+                if pa.types.is_null(here):
+                    continue
+                first, there = typed.setdefault(name, (file, here))
+                if here != there:
                     raise UserError(
-                        f"{key}: column {name!r} is {there} in {self.files[0].uri}, but {here} in {file.uri}: give all "
-                        "files one type"
+                        f"{key}: column {name!r} is {there} in {first.uri}, but {here} in {file.uri}: give all files "
+                        "one type"
                     )
+
+    @cached_property
+    def _types(self) -> dict[str, pa.DataType]:
+        """The type of each column that is read: that of the first file in which it is not null."""
+        types: dict[str, pa.DataType] = {}
+        for footer in self._footers:
+            for name in (*self._input_names, *self._small_names.values()):
+                if name not in types or pa.types.is_null(types[name]):
+                    types[name] = footer.schema.field(name).type
+        return types
 
     @cached_property
     def rows(self) -> int:
@@ -165,6 +181,16 @@ class ParquetSource:
         names = list(dict.fromkeys(self._small_names.values()))
         for at, table in self._batches(piece, names, _PIECE_ROWS):
             yield at, condensed({use: table.column(name) for use, name in self._small_names.items()})
+
+    def split_values(self) -> list[str | None]:
+        """What data.split.column holds, every value once, in order; of many no more than tell that it is no split."""
+        found: dict[str | None, None] = {}
+        for piece in self.pieces():
+            for _, table in self.annotations(piece):
+                found |= dict.fromkeys(table.column(SPLIT).unique().to_pylist())
+                if len(found) > _MOST_SPLIT_VALUES:
+                    return list(found)
+        return list(found)
 
     def info(self, small: Iterable[tuple[int, pa.Table]], bad: Sequence[BadRow] = ()) -> SourceInfo:
         """Shape, classes and splits; looks for ids that are there twice."""
@@ -220,21 +246,23 @@ class ParquetSource:
 
     @cached_property
     def _layout(self) -> Layout:
-        schema = self._footers[0].schema
-        kinds = {name: decoding.kind_of(name, schema.field(name).type) for name in self._input_names}
+        types = self._types
+        kinds = {name: decoding.kind_of(name, types[name]) for name in self._input_names}
         if len(kinds) > 1:
             for name, kind in kinds.items():
                 if kind != "scalars":
                     raise UserError(
-                        f"data.columns.input: column {name!r} holds {schema.field(name).type}; of several input "
-                        "columns each holds one number"
+                        f"data.columns.input: column {name!r} holds {types[name]}; of several input columns each "
+                        "holds one number"
                     )
             return self._with_wished_shape(Layout("scalars", (len(kinds),), "float32"))
         ((name, kind),) = kinds.items()
         if kind == "scalars":
-            return self._with_wished_shape(Layout("scalars", (1,), decoding.dtype_of(name, schema.field(name).type)))
+            return self._with_wished_shape(Layout("scalars", (1,), decoding.dtype_of(name, types[name])))
         shape = self._first_shape(kind)
-        dtype = "uint8" if kind != "list" else decoding.dtype_of(name, schema.field(name).type)
+        if kind != "list":
+            shape = decoding.with_colours(shape, self.config.input, self.sample())
+        dtype = "uint8" if kind != "list" else decoding.dtype_of(name, types[name])
         return self._with_wished_shape(Layout(kind, shape, dtype))
 
     def _with_wished_shape(self, found: Layout) -> Layout:
@@ -254,6 +282,21 @@ class ParquetSource:
                     if len(bad) > self.config.max_bad_rows or len(bad) >= _LOOKED_AT:
                         check_bad_rows(self.config.model_copy(update={"max_bad_rows": 0}), bad)
         raise UserError(f"data.path {self.config.path}: no row has an input that can be used")
+
+    def sample(self) -> Iterator[bytes]:
+        """Some image files: the first of some row groups, from the first group to the last."""
+        groups = [
+            Piece(0, rows, ((number, (group,), rows),))
+            for number, footer in enumerate(self._footers)
+            for group, rows in enumerate(footer.group_rows)
+            if rows
+        ]
+        for place in decoding.sampled(len(groups), _SAMPLED_GROUPS):
+            with closing(self._batches(groups[place], self._input_names, _SAMPLED_IN_GROUP)) as batches:
+                column = decoding.plain(next(batches)[1].column(0))
+            for offset in range(len(column)):
+                with suppress(decoding.Undecodable):
+                    yield decoding.encoded(column, offset, self._opener(groups[place].parts[0][0]))
 
     def _shape_of(
         self, kind: decoding.Kind, column: pa.Array, offset: int, piece: Piece, at: int
@@ -279,7 +322,8 @@ class ParquetSource:
     ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[Any], pa.Array, list[BadRow]]]:
         """The wanted rows of a piece, a batch at a time."""
         names = list(dict.fromkeys([*self._input_names, *([self.config.columns.id] if self.config.columns.id else [])]))
-        batch_rows = max(1, min(_MOST_BATCH_ROWS, _BATCH_BYTES // layout.row_bytes))
+        largest = max(layout.row_bytes, self._stored_row_bytes(piece))  # resized images are larger in the file
+        batch_rows = max(1, min(_MOST_BATCH_ROWS, _BATCH_BYTES // largest))
         for at, table in self._batches(piece, names, batch_rows):
             offsets = at + np.flatnonzero(wanted[at : at + table.num_rows])
             if not len(offsets):
@@ -292,6 +336,15 @@ class ParquetSource:
             ids = self._ids(table, rows)
             bad = [BadRow(int(rows[i]), self._called(int(rows[i]), ids[i]), why) for i, why in sorted(faults.items())]
             yield offsets, inputs, ids, bad
+
+    def _stored_row_bytes(self, piece: Piece) -> int:
+        """Bytes of a row in the files, uncompressed: the mean of the row group where it is largest."""
+        held = (self._footers[number] for number, _, _ in piece.parts)
+        return max(
+            size // max(1, rows)
+            for footer, (_, groups, _) in zip(held, piece.parts, strict=True)
+            for size, rows in ((footer.group_bytes[group], footer.group_rows[group]) for group in groups)
+        )
 
     def _decoded(
         self, columns: Sequence[pa.Array], layout: Layout, row: int
@@ -310,7 +363,15 @@ class ParquetSource:
         name, first = self.files[file].name, self._first_rows[file]
         return pa.array([f"{name}/{row - first}" for row in rows.tolist()], type=pa.string())
 
-    def _batches(self, piece: Piece, names: Sequence[str], rows: int) -> Iterator[tuple[int, pa.Table]]:
+    def _typed(self, table: pa.Table) -> pa.Table:
+        """The table with the types that the columns have in other files, where in this one they have none."""
+        for number, field in enumerate(table.schema):
+            if pa.types.is_null(field.type):
+                missing = pa.nulls(table.num_rows, decoding.storage_type(self._types[field.name]))
+                table = table.set_column(number, field.name, missing)
+        return table
+
+    def _batches(self, piece: Piece, names: Sequence[str], rows: int) -> Generator[tuple[int, pa.Table], None, None]:
         """Some columns of a piece: the offset of the first row, and so many rows. No batch is of two files."""
         at = 0
         for number, groups, _ in piece.parts:
@@ -320,7 +381,7 @@ class ParquetSource:
                     for batch in opened.iter_batches(
                         rows, row_groups=list(groups), columns=list(names), use_threads=False
                     ):
-                        yield at, pa.Table.from_batches([batch])
+                        yield at, self._typed(pa.Table.from_batches([batch]))
                         at += batch.num_rows
                 except (OSError, pa.ArrowException) as error:
                     raise _unreadable(file, error) from None

@@ -42,7 +42,7 @@ _PARTITION_BYTES = 64 * 2**20  # small shards are sorted together: fewer blocks;
 # Ray Data's own default is to merge 1 GiB of blocks before they are sorted, which takes twice that in a process.
 _SORT_INPUT_BYTES = 64 * 2**20
 _NOWHERE = -1  # the row id of a row that is not wanted
-_CHECKED_ROWS = 4096
+_CHECKED_ROWS = 4096  # of a task; the source holds as many of them at a time as are a few MiB
 _FIXED = {"row_id": pa.int64(), "label": pa.int64()}
 
 
