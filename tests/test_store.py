@@ -415,6 +415,13 @@ def test_keep_finished_takes_no_label_shard_of_another_precision(tmp_path: Path)
     assert keep_finished(stage_of(labels.folder, stores.LABELS_DIGEST), plans(), "bf16") == ([], plans())
 
 
+def test_nor_one_that_a_manifest_of_another_precision_names(tmp_path: Path) -> None:
+    """Of two that began at once, one committed, the other wrote down its precision last; then a shard was lost."""
+    labels = stores.make_labels(tmp_path)
+    assert keep_finished(stage_of(labels.folder, stores.LABELS_DIGEST), plans(), "bf16") == ([], plans())
+    assert keep_finished(stage_of(labels.folder, stores.LABELS_DIGEST), plans(), "fp32")[1] == []
+
+
 def test_a_label_store_with_a_shard_of_another_precision_is_refused(tmp_path: Path) -> None:
     labels = stores.make_labels(tmp_path, precision="bf16")
     record = labels.manifest.shards[0]

@@ -94,9 +94,9 @@ def _whole_shard(
     target: Stage, names: Sequence[str], plan: ShardPlan, trusted: frozenset[str], precision: str | None
 ) -> ShardRecord | None:
     for name in names:
-        store, made_in = (None, None) if name in trusted else (target.digest, precision)
+        store = None if name in trusted else target.digest
         try:
-            record = shards.recover(target.folder, name, store=store, precision=made_in)
+            record = shards.recover(target.folder, name, store=store, precision=precision)
         except (UserError, FileNotFoundError):  # not a shard, or swept by another writer a moment ago
             continue
         if record is not None and plan.matches(record):

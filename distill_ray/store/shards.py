@@ -166,7 +166,8 @@ def recover(folder: Folder, name: str, *, store: str | None, precision: str | No
     metadata = batch.schema.metadata or {}
     if store is not None and metadata.get(b"store") != store.encode():
         return None
-    if precision is not None and metadata.get(_PRECISION) != precision.encode():
+    said = metadata.get(_PRECISION)
+    if precision is not None and said != precision.encode() and not (store is None and said is None):  # before 1.2
         return None
     record = _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
     return record if ids_fault(batch, record) is None else None
