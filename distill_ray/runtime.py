@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 from distill_ray import placing, usercode
 from distill_ray.config import Config, DataBase, imports_of, to_dict
 from distill_ray.errors import RunError, UserError
+from distill_ray.memory import ONE_HEAP
 from distill_ray.placing import Node
 from distill_ray.sources.files import split_location
 from distill_ray.storage import Folder, impatience
@@ -70,12 +72,13 @@ class Session:
         ray = _import_ray()
         on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(
-                address=self.address, log_to_driver=self._debug, configure_logging=True,
-                include_dashboard=False if self.address == "local" else None,
-                logging_level=logging.INFO if self._debug else logging.ERROR,
-                runtime_env=self._code_for_workers(),
-            )  # fmt: skip
+            with _one_heap_for_threads():
+                ray.init(
+                    address=self.address, log_to_driver=self._debug, configure_logging=True,
+                    include_dashboard=False if self.address == "local" else None,
+                    logging_level=logging.INFO if self._debug else logging.ERROR,
+                    runtime_env=self._code_for_workers(),
+                )  # fmt: skip
         except SystemExit:
             _shutdown()
             raise KeyboardInterrupt from None
@@ -396,6 +399,19 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host or "127.0.0.1", int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise UserError(f"cluster.address {address}: nothing answers there ({error.strerror or error})") from None
+
+
+@contextmanager
+def _one_heap_for_threads() -> Iterator[None]:
+    """For the processes that start here, workers of a private cluster: see memory.ONE_HEAP. The user's choice stands."""
+    if any(name in os.environ for name in (ONE_HEAP, "GLIBC_TUNABLES")):
+        yield
+        return
+    os.environ[ONE_HEAP] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(ONE_HEAP, None)
 
 
 def _import_ray() -> Any:

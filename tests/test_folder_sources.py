@@ -191,7 +191,7 @@ def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
     [
         (("01", "1", ""), ("01", "1")), (("001", "002", "003"), ("001", "002", "003")),
         (("0", "2", "10"), tuple(map(str, range(11)))), (("0", " 1", "2"), ("0", "1", "2")),
-        (("-0", "0", "1"), ("-0", "0", "1")),
+        (("-0", "0", "1"), ("-0", "0", "1")), (("1", "", f"{2**64}1"), ("1", f"{2**64}1")),
     ],
 )  # fmt: skip
 def test_labels_of_a_table_are_what_is_written(
@@ -208,6 +208,16 @@ def test_labels_of_a_table_are_what_is_written(
         written[n % 3].strip() for n in range(60)
     ]
     assert found.ids == [f"0{n}" for n in range(60)]
+
+
+def test_ids_of_a_table_that_no_number_holds_are_kept(tmp_path: Path) -> None:
+    names = write_folder(tmp_path, pixels(60))
+    ids = [str(10**24 + n) for n in range(60)]  # as floats they are all the same
+    lines = [f"{name},{n % 3},{key}" for n, (name, key) in enumerate(zip(names, ids, strict=True))]
+    (tmp_path / "t.csv").write_text("\n".join(["file,class,key", *lines]))
+    columns = {"input": "file", "label": "class", "id": "key"}
+    keys = {"source": "images", "path": str(tmp_path), "table": "t.csv", "columns": columns}
+    assert read_all(data_config(**keys)).ids == ids
 
 
 def test_two_columns_of_one_name_are_told(tmp_path: Path) -> None:

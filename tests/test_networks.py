@@ -135,6 +135,23 @@ def test_transformers_starts_from_a_local_folder_with_another_head(tmp_path: Pat
 
 
 @pytest.mark.skipif(not HERE["transformers"], reason="transformers is not installed")
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"image_size": 2 * SHAPE[1]}, r"its vit.embeddings.position_embeddings is \[.*\], and that of this model \["),
+        ({"num_hidden_layers": VIT["kwargs"]["num_hidden_layers"] + 1}, r"6 weights of this model are not in it \(vit."),
+    ],
+)  # fmt: skip
+def test_pretrained_weights_that_would_be_left_to_chance_are_refused(
+    tmp_path: Path, changed: dict[str, int], told: str
+) -> None:
+    spec_of(model_of(**VIT)).build().net.save_pretrained(tmp_path / "vit")  # type: ignore[operator]
+    model = model_of(name="transformers", model="vit", pretrained=str(tmp_path / "vit"), kwargs=changed)
+    with pytest.raises(UserError, match=rf"student.model.pretrained .*vit: {told}.*start at random: leave out the kw"):
+        spec_of(model).build(key="student.model")
+
+
+@pytest.mark.skipif(not HERE["transformers"], reason="transformers is not installed")
 def test_what_was_trained_from_a_pretrained_folder_does_not_need_it_again(tmp_path: Path) -> None:
     """The folder's sizes are recorded; a continued training reads its own checkpoint, not the folder's weights."""
     pretrained = tmp_path / "vit"

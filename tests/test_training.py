@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,38 +253,3 @@ def test_fp32_weights_stay_as_they_are() -> None:
     model = _spec().model.build()
     precision.cast_weights(model, "fp32")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
-_CHURN = """
-import resource, sys, torch
-from distill_ray.memory import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
-    sys.exit("refused")
-for _ in range(30):  # until the heap has found its shape
-    torch.empty(12 * 2**20).zero_()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.empty(12 * 2**20).zero_()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def _huge_pages_always() -> bool:
-    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return path.exists() and "[always]" in path.read_text()
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
-@pytest.mark.skipif(_huge_pages_always(), reason="with transparent huge pages 'always' a block is a few faults")
-def test_freed_memory_is_kept() -> None:
-    """48 MiB, twenty times: all their pages are faulted in anew unless malloc keeps them."""
-
-    def faults_of(mode: str) -> int:
-        done = subprocess.run([sys.executable, "-c", _CHURN, mode], capture_output=True, text=True)
-        if done.stderr.strip() == "refused":
-            pytest.skip("this glibc refuses such a threshold (2.34 and before: 32 MiB at most)")
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    kept, left = faults_of("keep"), faults_of("leave")
-    assert left > 10 * max(kept, 20)  # less than a page for each of the twenty is none

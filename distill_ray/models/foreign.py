@@ -147,7 +147,26 @@ def _hf(model: TransformersModel, shape: Sequence[int], classes: int, key: str) 
     absent = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
     if set(net.state_dict()) <= absent:
         raise UserError(f"{key}.pretrained {model.pretrained}: no weight in it is one of this {model.model}")
+    _refuse_left_to_chance(net, found, f"{key}.pretrained {model.pretrained}")
     return net.float()  # transformers keeps the dtype of the file
+
+
+def _refuse_left_to_chance(net: Any, found: Mapping[str, Any], place: str) -> None:
+    """Weights beyond the head that a pretrained folder lacks, or has in another shape: transformers would draw them at
+    random without an error. Vectors that are not there are passed over: norms and biases start at 1 and 0."""
+    body, weights = f"{net.base_model_prefix}.", net.state_dict()
+    for name, there, wanted in found["mismatched_keys"]:
+        if name.startswith(body):
+            raise UserError(
+                f"{place}: its {name} is {list(there)}, and that of this model {list(wanted)}, so that it would start at "
+                f"random: leave out the kwargs that change its shape, or pretrained"
+            )
+    absent = sorted(n for n in found["missing_keys"] if n.startswith(body) and n in weights and weights[n].dim() > 1)
+    if absent:
+        raise UserError(
+            f"{place}: {len(absent)} weights of this model are not in it ({', '.join(absent[:_SHOWN])}), so that they would "
+            f"start at random: leave out the kwargs that add them, or pretrained"
+        )
 
 
 def _bare_hf(model: TransformersModel, key: str) -> TransformersModel:

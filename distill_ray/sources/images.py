@@ -243,7 +243,7 @@ def _table(uri: str, size: int, mtime_ns: int, named: tuple[str, ...]) -> pa.Tab
             return pq.read_table(path, filesystem=filesystem)
         table = _csv(filesystem, path)
         columns = {name: table[name] for name in named if table.column_names.count(name) == 1}
-        guessed = [name for name, column in columns.items() if pa.types.is_integer(column.type)]
+        guessed = [name for name, column in columns.items() if _is_number(column.type)]
         texts = _csv(filesystem, path, guessed) if guessed else table
         for name in guessed:
             written = _as_written(columns[name], texts[name])
@@ -266,7 +266,15 @@ def _csv(filesystem: pafs.FileSystem, path: str, texts: Sequence[str] = ()) -> p
         return pa.csv.read_csv(stream, convert_options=convert)
 
 
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
 def _as_written(numbers: pa.ChunkedArray, texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Integers that were guessed from texts; the texts where one is not the integer's own, as 01 is not 1."""
-    own = pc.all(pc.equal(numbers.cast(pa.string()), pc.utf8_trim_whitespace(texts))).as_py()
+    """Numbers that were guessed from texts; the texts where one is not the integer's own, as 01 is not 1, and where
+    they are integers too long for 64 bits, of which a float keeps the first digits alone."""
+    trimmed = pc.utf8_trim_whitespace(texts)
+    if pa.types.is_floating(numbers.type):
+        return texts if pc.all(pc.match_substring_regex(trimmed, r"^[+-]?\d+$")).as_py() else numbers
+    own = pc.all(pc.equal(numbers.cast(pa.string()), trimmed)).as_py()
     return numbers if own in (True, None) else texts
