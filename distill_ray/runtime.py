@@ -403,7 +403,7 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def _one_heap_for_threads() -> Iterator[None]:
-    """For the processes that start here, workers of a private cluster: see memory.ONE_HEAP. The user's choice stands."""
+    """For the processes that are started meanwhile, a private cluster's: memory.ONE_HEAP. The user's choice stands."""
     if any(name in os.environ for name in (ONE_HEAP, "GLIBC_TUNABLES")):
         yield
         return

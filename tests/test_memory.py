@@ -73,7 +73,7 @@ def test_a_worker_of_ray_keeps_blocks_that_no_threads_heap_holds(tmp_path: Path)
     session = Session(from_dict(RUN), Folder.at(tmp_path))
     try:
         session.start()
-        kept = ray.get(Actor.remote().faults.remote(), timeout=120)
+        kept = ray.get(Actor.remote().faults.remote(), timeout=120)  # type: ignore[attr-defined]
     finally:
         session.close()
     assert left > _SHARE * max(kept, 20)

@@ -158,14 +158,14 @@ def _refuse_left_to_chance(net: Any, found: Mapping[str, Any], place: str) -> No
     for name, there, wanted in found["mismatched_keys"]:
         if name.startswith(body):
             raise UserError(
-                f"{place}: its {name} is {list(there)}, and that of this model {list(wanted)}, so that it would start at "
-                f"random: leave out the kwargs that change its shape, or pretrained"
+                f"{place}: its {name} is {list(there)}, and that of this model {list(wanted)}, so that it would start "
+                f"at random: leave out the kwargs that change its shape, or pretrained"
             )
     absent = sorted(n for n in found["missing_keys"] if n.startswith(body) and n in weights and weights[n].dim() > 1)
     if absent:
         raise UserError(
-            f"{place}: {len(absent)} weights of this model are not in it ({', '.join(absent[:_SHOWN])}), so that they would "
-            f"start at random: leave out the kwargs that add them, or pretrained"
+            f"{place}: {len(absent)} weights of this model are not in it ({', '.join(absent[:_SHOWN])}), so that they "
+            f"would start at random: leave out the kwargs that add them, or pretrained"
         )
 
 
