@@ -6,6 +6,7 @@ of a store, ``summary.json`` of a model) is written last; nothing reads a folder
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,7 @@ WEIGHTS_FILE, SPEC_FILE = "model.safetensors", "model.json"
 METRICS_FILE, SUMMARY_FILE = "metrics.jsonl", "summary.json"
 History = list[dict[str, float]]  # what metrics.jsonl holds: one row an epoch, in order
 _DIGEST_CHARS = 16
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP)  # of a mount without flock
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,52 @@ def exclusive(target: Stage, on_wait: Callable[[str], None]) -> Iterator[None]:
     """Hold the stage folder for this process; a second run waits for the first and then finds it finished.
 
     The lock is the kernel's and ends with its process, however that ends, so nobody waits for a dead one. Object stores
-    have no locks: there two writers do the same work twice, and the first to finish stays.
+    and mounts without flock have no locks: there two writers do the same work twice, and the first to finish stays.
     """
-    if not target.folder.is_local:
+    lock = _lock(target.folder)
+    if lock is None:
         yield
         return
-    directory = target.folder.path.parent / ".locks"
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(directory / f"{target.folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_wait(f"another run is making {target.folder.name}; waiting for it")
-        lock.acquire()
+    if not _acquired(lock, lambda: on_wait(f"another run is making {target.folder.name}; waiting for it")):
+        yield
+        return
     try:
         yield
     finally:
         lock.release()
+
+
+def has_locks(folder: Folder) -> bool:
+    """Whether processes that write a stage's folder can shut each other out."""
+    lock = _lock(folder, "probe")
+    if lock is None or not _acquired(lock, lambda: None):  # whoever else holds it has just asked the same
+        return False
+    lock.release()
+    return True
+
+
+def _acquired(lock: FileLock, on_wait: Callable[[], None]) -> bool:
+    """Wait for the lock; False where the file system has none."""
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _lock(folder: Folder, name: str | None = None) -> FileLock | None:
+    """The lock of a stage's folder, not yet held. None where it is remote.
+
+    Never a marker file: that of a process which was killed would stay, and block its successor for ever.
+    """
+    if not folder.is_local:
+        return None
+    directory = folder.path.parent / ".locks"
+    directory.mkdir(parents=True, exist_ok=True)
+    return FileLock(str(directory / f"{name or folder.name}.lock"), fallback_to_soft=False)

@@ -294,7 +294,7 @@ def _patiently(uri: str, request: Callable[[], T]) -> T:
             _log.warning("%s: refused (%s); trying again for up to %.0f s", uri, reason, patience_s)
 
     attempts = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(may_pass),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=tenacity.stop_after_delay(patience_s),
         before_sleep=tell,
@@ -303,7 +303,7 @@ def _patiently(uri: str, request: Callable[[], T]) -> T:
     try:
         return attempts(request)
     except OSError as error:
-        if patience_s and _may_pass(error):
+        if patience_s and may_pass(error):
             raise RunError(
                 f"{uri}: does not answer for {patience_s:.0f} s ({reason_of(error)}); finished work is kept, the same "
                 "command continues"
@@ -311,7 +311,7 @@ def _patiently(uri: str, request: Callable[[], T]) -> T:
         raise
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Whether the same request may be answered a little later."""
     if not isinstance(error, OSError) or isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import select
@@ -295,6 +297,23 @@ def test_exclusive_lets_go_when_the_work_fails(tmp_path: Path) -> None:
         raise RuntimeError("broken")
     with process(HOLDER, str(tmp_path)) as holder:
         assert line_of(holder) == "held"
+
+
+def test_exclusive_leaves_no_marker_where_the_mount_has_no_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A marker file would outlive a killed run, and its successor would wait for ever."""
+
+    def flock(file: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    stage, told = artifacts.stage(Folder.at(tmp_path), "data", {"x": 1}), list[str]()
+    with artifacts.exclusive(stage, told.append), artifacts.exclusive(stage, told.append):
+        assert not artifacts.has_locks(stage.folder)
+    assert told == []
+    monkeypatch.undo()
+    assert artifacts.has_locks(stage.folder)
 
 
 def test_exclusive_does_not_lock_object_stores(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
 from distill_ray.config import from_dict
 from distill_ray.runtime import Session
 from distill_ray.storage import Folder
+from distill_ray.store import shards
+from tests import stores
 from tests.report_fixtures import RUN
 
 _CHURN = """
@@ -77,3 +80,43 @@ def test_a_worker_of_ray_keeps_blocks_that_no_threads_heap_holds(tmp_path: Path)
     finally:
         session.close()
     assert left > _SHARE * max(kept, 20)
+
+
+_WINDOWS = """
+import sys
+from distill_ray.memory import keep_freed_memory
+from distill_ray.store import StoredSplit, open_store
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+keep_freed_memory()
+split = StoredSplit(open_store(sys.argv[1]), "train", None, window_rows=1)
+split.load([0])
+before = resident()
+window = split.load(range(len(split.shard_rows)))
+size, held = window.inputs.nbytes, resident() - before
+del window
+print(size, held, resident() - before)
+"""
+
+
+def test_a_window_gives_its_memory_back(tmp_path: Path) -> None:
+    """Windows come and go for hours: what malloc keeps for the next batch would grow with the holes between them."""
+    shape, rows = (64, 1024), 256
+    records = [
+        shards.write(
+            Folder.at(tmp_path), "train", index,
+            shards.encode_data(
+                np.arange(index * rows, (index + 1) * rows), np.zeros((rows, *shape), np.uint8),
+                np.zeros(rows, np.int64), [str(n) for n in range(rows)],
+            ), store=stores.DATA_DIGEST,
+        )
+        for index in range(3)
+    ]  # fmt: skip
+    stores.commit_data(Folder.at(tmp_path), records, shape=shape)
+    done = subprocess.run([sys.executable, "-c", _WINDOWS, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size, held, left = map(int, done.stdout.split())
+    assert held > 0.9 * size
+    assert left < 0.5 * size

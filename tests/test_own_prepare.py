@@ -11,10 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from distill_ray.config import from_dict
+from distill_ray.errors import RunError
+from distill_ray.stages import prepare as stage
 from distill_ray.storage import Folder
 from distill_ray.store import Store, open_store
 from tests.harness import Finished, distill_ray, only, stop_when, write_config
 from tests.own_data import Array, fixed_list, pixels, png, write_parquet
+from tests.report_fixtures import context_of
 from tests.test_cluster import TOKEN, Cluster, head, two_nodes
 
 __all__ = ["head", "two_nodes"]  # fixtures
@@ -210,3 +214,14 @@ def test_a_file_without_any_label_beside_others_that_have_them(tmp_path: Path) -
     for number in range(400):
         label = found[made["key"][number]][3]
         assert (None if label is None else names[label]) == (made["y"][number] if number // 100 % 2 else None)
+
+
+def test_files_that_changed_before_they_were_opened_are_not_stored_under_the_old_name(tmp_path: Path) -> None:
+    """While Ray starts, or another run is waited for, a table may be replaced by one with as many rows."""
+    path = write_parquet(tmp_path / "rows.parquet", columns())
+    context = context_of(tmp_path / "runs", from_dict(run_of(path)))
+    target = stage.locate(context.config, context.out)
+    write_parquet(path, columns() | {"x": fixed_list(inputs() + 1)})
+    with pytest.raises(RunError, match="its files changed since the command began: the same command reads them anew"):
+        stage._make(context, target)
+    assert not context.session.started

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from distill_ray import storage
+from distill_ray.console import Reporter
 from distill_ray.errors import RunError, UserError
 from distill_ray.storage import Folder
 from distill_ray.store import ShardCache, open_store, read_split
+from distill_ray.store.verify import verify
 from tests.conftest import SmallRun
 from tests.harness import SMALL_RUN, distill_ray, stop_when, write_config
 from tests.object_store import BUCKET, ObjectStore, object_store, proxy
@@ -251,6 +253,16 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch, server: ObjectStore) -> 
             Folder.at(f"s3://{BUCKET}/never").names()
     finally:
         storage._patience_s.reset(token)
+
+
+def test_a_store_that_does_not_answer_is_not_called_faulty(
+    monkeypatch: pytest.MonkeyPatch, server: ObjectStore
+) -> None:
+    for key, value in server.environment(1).items():
+        monkeypatch.setenv(key, value)
+    storage._remote.cache_clear()
+    with pytest.raises(RunError, match=r"store: cannot be read \(.*Could not connect to server.*\): try again later"):
+        verify(Folder.at(f"s3://{BUCKET}/store"), Reporter(quiet=True))
 
 
 def test_only_old_orphans_go_and_the_first_commit_stays(at_server: ObjectStore, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,9 +22,11 @@ from hypothesis.extra import numpy as hnp
 
 from distill_ray.artifacts import Stage
 from distill_ray.errors import RunError, UserError
+from distill_ray.stages import label, opening
+from distill_ray.stages.context import write_stage_config
 from distill_ray.stages.shard_job import ShardPlan, commit, keep_finished, sweep_orphans
 from distill_ray.storage import Folder
-from distill_ray.store import DataManifest, Store, open_store, read_shards, read_split, shards
+from distill_ray.store import DataManifest, Store, StoredSplit, open_store, read_shards, read_split, shards
 from distill_ray.store import manifest as manifests
 from tests import stores
 
@@ -319,6 +323,23 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, make: Any, damage: Callable[
     assert str(stores.file_of(made, 1)) in str(caught.value)
 
 
+def test_a_shard_that_comes_over_the_network_again_is_checked_again(tmp_path: Path) -> None:
+    data = stores.make_data(tmp_path)
+    remote = open_store(Folder(f"file://{data.folder.path}"))
+    split = StoredSplit(remote, "train", None, window_rows=8)
+    assert len(split.load([0])) == 8
+    stores.flip_byte(stores.file_of(data))
+    with pytest.raises(UserError, match="damaged shard"):
+        split.load([0])
+
+
+@pytest.mark.parametrize("text", ["{}", '{"format": "another", "format_version": "9.0"}', "[]", '{"format": "dis'])
+def test_a_manifest_that_is_none_is_made_again(tmp_path: Path, text: str) -> None:
+    data = stores.make_data(tmp_path)
+    (data.folder.path / manifests.FILE).write_text(text)
+    assert not opening.store_is_whole(stage_of(data.folder))
+
+
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
     data = stores.make_data(tmp_path)
     assert data.missing_shard() is None
@@ -416,10 +437,28 @@ def test_keep_finished_takes_no_label_shard_of_another_precision(tmp_path: Path)
 
 
 def test_nor_one_that_a_manifest_of_another_precision_names(tmp_path: Path) -> None:
-    """Of two that began at once, one committed, the other wrote down its precision last; then a shard was lost."""
     labels = stores.make_labels(tmp_path)
     assert keep_finished(stage_of(labels.folder, stores.LABELS_DIGEST), plans(), "bf16") == ([], plans())
     assert keep_finished(stage_of(labels.folder, stores.LABELS_DIGEST), plans(), "fp32")[1] == []
+
+
+def test_a_store_that_lost_a_shard_goes_on_in_its_own_precision(tmp_path: Path) -> None:
+    """Of two that began at once, one committed, the other wrote down its precision last; then a shard was lost."""
+    labels = stores.make_labels(tmp_path)
+    stage = Stage("labels", stores.LABELS_DIGEST, labels.folder)
+    write_stage_config(stage, {}, {"precision": "bf16"})
+    assert label.begun(stage) == {"precision": "fp32", "precision_check": {"rows": 8.0, "kl": 0.0}}
+    (labels.folder.path / manifests.FILE).unlink()
+    assert label.begun(stage) == {"precision": "bf16"}
+
+
+def test_shards_that_were_left_without_a_record_say_their_precision(tmp_path: Path) -> None:
+    labels = stores.make_labels(tmp_path)
+    stage = Stage("labels", stores.LABELS_DIGEST, labels.folder)
+    (labels.folder.path / manifests.FILE).unlink()
+    labels.folder.write_bytes("test-00000-0123456789abcdef.arrow", b"no shard")
+    assert label.begun(stage) == {"precision": "fp32"}
+    assert label.begun(Stage("labels", "0" * 16, Folder.at(tmp_path / "nothing"))) == {}
 
 
 def test_a_label_store_with_a_shard_of_another_precision_is_refused(tmp_path: Path) -> None:
@@ -561,6 +600,42 @@ def test_two_commits_in_the_same_moment_lose_no_store_in_silence(tmp_path: Path)
         standing = commit(target, one)
     assert standing == two
     assert open_store(target.folder).missing_shard() is None
+
+
+def test_who_lost_its_shards_takes_none_of_the_others_away(tmp_path: Path) -> None:
+    """The first has committed and swept between the second's look at its shards and its manifest."""
+    target = stage_of(Folder.at(tmp_path))
+    one, two = rival_store(target.folder, 1), rival_store(target.folder, 2)
+    original = manifests.write
+
+    def too_late(folder: Folder, manifest: DataManifest) -> None:
+        original(folder, one)
+        sweep_orphans(folder, one)
+        original(folder, manifest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifests, "write", too_late)
+        with pytest.raises(RunError, match="another run took it away while this one was at work"):
+            commit(target, two)
+    assert {record.file for record in one.shards} <= set(target.folder.names())
+    commit(target, one)
+    assert open_store(target.folder).missing_shard() is None
+
+
+def test_a_mount_without_locks_is_swept_like_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    data = stores.make_data(tmp_path)
+    orphans = [
+        shards.write(data.folder, "train", 0, stores.data_batch(np.arange(8), seed=n), store=stores.DATA_DIGEST).file
+        for n in (8, 9)
+    ]
+    os.utime(data.folder.path / orphans[0], (time.time() - 2 * 86_400,) * 2)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    sweep_orphans(data.folder, data.manifest)
+    assert orphans[0] not in data.folder.names()
+    assert orphans[1] in data.folder.names()
 
 
 def write_after(original: Callable[..., None], folder: Folder, other: DataManifest) -> Callable[..., None]:

@@ -71,6 +71,7 @@ def make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     Raises:
         UserError: they are no longer those that were measured.
     """
+    target.folder.sweep_temporaries()
     store = opening.data_store(context.config, data)
     made_by = str((model.finished() or {})["weights_sha256"])
     with _placed(context, store) as placed:

@@ -14,7 +14,15 @@ from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
 from distill_ray.stages import entry, import_labels, opening, prepare, teacher
 from distill_ray.stages.context import Context, config_section, recorded, tracking_id, write_stage_config
-from distill_ray.stages.shard_job import ShardPlan, Written, commit, keep_finished, run_shards, sweep_orphans
+from distill_ray.stages.shard_job import (
+    ShardPlan,
+    Written,
+    commit,
+    keep_finished,
+    precision_left,
+    run_shards,
+    sweep_orphans,
+)
 from distill_ray.storage import Folder
 from distill_ray.store import LabelManifest, ShardCache, ShardRecord, open_store
 from distill_ray.store import manifest as manifests
@@ -60,14 +68,15 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         ShardPlan(shard.split, shard.index, shard.first_id, shard.rows, {"record": shard.model_dump()})
         for shard in source.manifest.shards
     ]
-    before = recorded(target.folder)
+    before = begun(target)
     records, todo = keep_finished(target, plans, before.get("precision"))
     nodes = context.session.start()
     placement = placing.independent(context.config.cluster, nodes, max(1, len(todo)))
     check = before.get("precision_check")
     arguments: dict[str, Any] = {
         "teacher": model.folder.uri, "weights": weights_sha256(model), "data": data.folder.uri, "target": target,
-        "cache": opening.cache_of(context.config), "section": config_section(context.config, "labels"),
+        "cache": (context.config.cluster.cache_dir, context.config.cluster.cache_gib),
+        "section": config_section(context.config, "labels"),
         "allow_import": any(imports_of(to_dict(context.config.teacher))),  # the command asked for permission
         "asked": context.config.labels.precision, "threads": placement.cpus,
         "precision": before.get("precision") or _agreed(context, placement, len(nodes)),
@@ -95,8 +104,28 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         precision_check=before["precision_check"],
     )  # fmt: skip
     standing = commit(target, manifest)
+    if isinstance(standing, LabelManifest) and standing.precision != manifest.precision:  # another writer's
+        kept = {"precision": standing.precision, "precision_check": standing.precision_check}
+        write_stage_config(target, arguments["section"], kept)
     measured = {"label_seconds": seconds, "label_rows": sum(r.rows for r in fresh)}
     context.tracker.finish(target.folder.name, {"rows": standing.rows, **manifest.precision_check, **measured})
+
+
+def begun(target: Stage) -> dict[str, Any]:
+    """What is known of the job that began this store: its precision, and how that compares with fp32.
+
+    A manifest that stands, of a store that lost shards, says it best; then the folder's config.yaml; then the shards.
+    """
+    try:
+        standing = manifests.read(target.folder)
+    except UserError:
+        standing = None
+    if isinstance(standing, LabelManifest) and standing.digest == target.digest:
+        return {"precision": standing.precision, "precision_check": standing.precision_check}
+    known = recorded(target.folder)
+    if "precision" not in known and (left := precision_left(target)) is not None:
+        known = {**known, "precision": left}
+    return known
 
 
 def _start_tracking(context: Context, target: Stage, model: Stage) -> None:
@@ -168,7 +197,7 @@ class Labeller:
     """A labelling actor: holds the teacher, turns one data shard at a time into its label shard."""
 
     def __init__(
-        self, teacher: str, weights: str, data: str, cache: ShardCache, allow_import: bool, target: Stage,
+        self, teacher: str, weights: str, data: str, cache: tuple[str, float], allow_import: bool, target: Stage,
         section: dict[str, Any], asked: Any, precision: Any, threads: int, batch_size: int,
     ) -> None:  # fmt: skip
         self._born = profiling.Profile()
@@ -190,7 +219,9 @@ class Labeller:
             write_stage_config(target, section, {"precision": self._precision})
         if self._model.ours:
             cast_weights(self._model, self._precision)
-        self._data, self._target, self._batch_size = open_store(Folder(data), cache), target, batch_size
+        # "auto" is this node's own folder, whatever the driver's is.
+        self._data = open_store(Folder(data), ShardCache.of(*cache))
+        self._target, self._batch_size = target, batch_size
         self._born.seconds["start-up"] = time.time() - self._born.began
 
     def __call__(self, item: Mapping[str, Any]) -> Written:

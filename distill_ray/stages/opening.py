@@ -84,7 +84,7 @@ def store_is_whole(target: Stage) -> bool:
         UserError: it is one of a newer format, which must not be made again over it.
     """
     content = target.finished()
-    if content is None:
+    if content is None or content.get("format") != manifests.FORMAT:
         return False
     manifests.check_version(content, target.folder.location(manifests.FILE))
     try:

@@ -38,7 +38,10 @@ def run(context: Context) -> Stage:
 
 def locate(config: Config, out: Folder) -> Stage:
     """The folder of this config's data store, finished or not."""
-    source = open_source(config.data)
+    return _stage_of(config, out, open_source(config.data))
+
+
+def _stage_of(config: Config, out: Folder, source: AnySource) -> Stage:
     return artifacts.stage(out, "data", {"config": digest_payload(config.data), "source": source.fingerprint()})
 
 
@@ -46,6 +49,9 @@ def _make(context: Context, target: Stage) -> None:
     data = context.config.data
     source = open_source(data)
     state = state_of(source)
+    # Since the folder got its name time has passed: another run may have been waited for.
+    if _stage_of(context.config, context.out, source).digest != target.digest:
+        raise RunError("data.path: its files changed since the command began: the same command reads them anew")
     context.session.start()
     info = _info(context, target, source)
     _check_contract(context.config, info)

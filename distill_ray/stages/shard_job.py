@@ -6,15 +6,17 @@ shard's manifest record. The shards' names are the ledger: each carries the chec
 
 from __future__ import annotations
 
+import inspect
 import json
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from distill_ray import runtime
-from distill_ray.artifacts import Stage
+from distill_ray.artifacts import Stage, has_locks
 from distill_ray.errors import DistillRayError, RunError, UserError
 from distill_ray.placing import Placement
 from distill_ray.stages import opening
@@ -24,6 +26,10 @@ from distill_ray.store import manifest as manifests
 from distill_ray.store.manifest import SHARD_NAME, StoreManifest
 
 _RECOVERY_THREADS = 16
+# How often a piece of work, and an actor, may lose its process: Ray Data's own limits are none, so that work whose
+# process dies each time (memory, a crash in native code) would be begun again for ever, without a word.
+RETRIES = 10
+RESTARTS = 50  # of an actor in all: nodes come and go in a long job
 _REMOTE_ORPHAN_S = 86_400.0
 
 
@@ -60,7 +66,7 @@ def keep_finished(
 ) -> tuple[list[ShardRecord], list[ShardPlan]]:
     """Divide the plans into those whose whole shard an earlier, killed job left in the folder, and the rest.
 
-    Of label shards only those made in ``precision`` count, where one is given.
+    Of label shards only those made in ``precision`` count, where one is given (see ``precision_left``).
     """
     folder = target.folder
     folder.sweep_temporaries()
@@ -79,6 +85,20 @@ def keep_finished(
         found = list(pool.map(recovered, plans))
     records = [record for record in found if record is not None]
     return records, [plan for plan, record in zip(plans, found, strict=True) if record is None]
+
+
+def precision_left(target: Stage) -> str | None:
+    """What the label shards were made in that an earlier job left without a record of it; None where there are none.
+
+    Of several precisions the first shard's counts.
+    """
+    for name in sorted(filter(SHARD_NAME.match, target.folder.names())):
+        try:
+            if found := shards.precision_of(target.folder, name):
+                return found
+        except (UserError, FileNotFoundError):
+            continue
+    return None
 
 
 def _named_before(target: Stage) -> frozenset[str]:
@@ -146,11 +166,11 @@ def _run(
     data = runtime.data()
     dataset = data.from_items([dict(item) for item in items], override_num_blocks=len(items))
     if placement is None:
-        rows = dataset.map(_Task(work, arguments), num_cpus=1)
+        rows = bounded(dataset.map, _Task(work, arguments), num_cpus=1)
     else:
         pool = data.ActorPoolStrategy(size=placement.workers)
-        rows = dataset.map(
-            _Actor, fn_constructor_args=(work, dict(arguments)), compute=pool, num_cpus=placement.cpus,
+        rows = bounded(
+            dataset.map, _Actor, fn_constructor_args=(work, dict(arguments)), compute=pool, num_cpus=placement.cpus,
             num_gpus=placement.gpus or None,
         )  # fmt: skip
     try:
@@ -163,6 +183,19 @@ def _run(
         raise
     except Exception as error:
         raise runtime.as_run_error(stage, error) from error
+
+
+def bounded(mapping: Callable[..., Any], work: Any, **options: Any) -> Any:
+    """A dataset's ``map`` or ``map_batches`` of ``work``, which ends where the processes that do it die each time."""
+    limits: dict[str, Any] = {"max_retries": RETRIES}
+    if "compute" in options:
+        limits = {"max_restarts": RESTARTS, "max_task_retries": RETRIES}
+    # Ray 2.60 says that 2.64 will not take them, and has nothing in their place yet.
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(mapping).parameters.values()):
+        limits = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")
+        return mapping(work, **options, **limits)
 
 
 class _Task:
@@ -242,6 +275,8 @@ def commit(target: Stage, manifest: StoreManifest) -> StoreManifest:
         _require_shards(target, manifest)
         manifests.write(target.folder, manifest)
     standing = manifests.read(target.folder)
+    # Also before the sweep: where another took ours away, its own are what is left of the work.
+    _require_shards(target, standing)
     sweep_orphans(target.folder, standing)
     _require_shards(target, standing)
     return standing
@@ -260,9 +295,10 @@ def _require_shards(target: Stage, manifest: StoreManifest) -> None:
 def sweep_orphans(folder: Folder, standing: StoreManifest, *, remote_age_s: float = _REMOTE_ORPHAN_S) -> None:
     """Delete shards that the standing manifest does not name: leftovers of killed or superseded writers.
 
-    On object stores only those older than a day: another writer may be about to commit younger ones.
+    Where there are no locks (object stores) only those older than a day: another writer may be about to commit younger
+    ones.
     """
     named = {record.file for record in standing.shards}
-    for name in folder.names() if folder.is_local else folder.names_older_than(remote_age_s):
+    for name in folder.names() if has_locks(folder) else folder.names_older_than(remote_age_s):
         if SHARD_NAME.match(name) and name not in named:
             folder.delete(name)

@@ -34,7 +34,7 @@ from distill_ray.sources import (
 )  # fmt: skip
 from distill_ray.sources.base import check_bad_rows
 from distill_ray.sources.decoding import Layout
-from distill_ray.stages.shard_job import ShardPlan, run_items
+from distill_ray.stages.shard_job import ShardPlan, bounded, run_items
 from distill_ray.storage import Folder
 from distill_ray.store import ShardRecord, shards
 
@@ -53,9 +53,7 @@ def small_columns(config: Config, source: ParquetSource, pieces: Sequence[Piece]
     """The condensed small columns of all rows, in any order: the number of the first row, and some rows."""
     if not source.annotated():
         return
-    dataset = _of_pieces(pieces).map_batches(
-        _Annotate(job_of(config, source)), batch_size=None, batch_format="pyarrow", num_cpus=1
-    )
+    dataset = _mapped(_of_pieces(pieces), _Annotate(job_of(config, source)))
     for block in _blocks(dataset):
         if block.num_rows:
             yield int(block.column("row")[0].as_py()), block.drop_columns(["row"])
@@ -147,14 +145,11 @@ def write_shards(
     layout = source.layout()
     read = _Read(job_of(config, source), layout)
     write = _Write(target.folder.uri, target.digest, layout, [_Shard.of(plan) for plan in todo])
-    dataset = _of_pieces(wanted, places, info.labels).map_batches(
-        read, batch_size=None, batch_format="pyarrow", num_cpus=1
-    )
+    dataset = _mapped(_of_pieces(wanted, places, info.labels), read)
     boundaries = _boundaries(todo, layout.row_bytes)
     # Also where all is one partition: the rows of its shards come from many blocks.
     dataset = dataset.sort("row_id", boundaries=boundaries)
-    dataset = dataset.map_batches(write, batch_size=None, batch_format="pyarrow", num_cpus=1)
-    for block in _blocks(dataset):
+    for block in _blocks(_mapped(dataset, write)):
         for text in block.column("record").to_pylist():
             yield ShardRecord.model_validate_json(text)
 
@@ -284,6 +279,11 @@ def _of_pieces(pieces: Sequence[Piece], places: Any = None, labels: Any = None) 
         if hasattr(context, key):  # of Ray 2.60 and later
             setattr(context, key, value)
     return dataset
+
+
+def _mapped(dataset: Any, work: Any) -> Any:
+    """``work`` from blocks to blocks."""
+    return bounded(dataset.map_batches, work, batch_size=None, batch_format="pyarrow", num_cpus=1)
 
 
 def _pieces_in(items: pa.Table) -> Iterator[tuple[Piece, dict[str, npt.NDArray[np.int64]]]]:

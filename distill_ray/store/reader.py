@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import mmap
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -138,7 +139,7 @@ class StoredSplit:
             part = _joined(self._data, record, self._labels, twin, verify=number not in self._checked)
             self._checked.add(number)
             if whole is None:
-                whole = _room_for(sum(self.shard_rows[n] for n in numbers), part)
+                whole = _room_for(sum(self.shard_rows[n] for n in numbers), part, empty=_own_pages)
             _fill(whole, start, part)
             start += len(part)
         assert whole is not None, "a window has at least one shard"
@@ -213,15 +214,26 @@ def _records(store: Store, split: str) -> tuple[ShardRecord, ...]:
     return records
 
 
-def _room_for(rows: int, like: SplitArrays) -> SplitArrays:
-    """Uninitialised arrays for ``rows`` rows: filled shard by shard, so that no shard is in memory twice."""
-    logits = None if like.logits is None else np.empty((rows, *like.logits.shape[1:]), dtype=np.float16)
+def _room_for(rows: int, like: SplitArrays, empty: Callable[..., npt.NDArray[Any]] = np.empty) -> SplitArrays:
+    """Arrays for ``rows`` rows that are still to be filled: shard by shard, so that no shard is in memory twice."""
+    logits = None if like.logits is None else empty((rows, *like.logits.shape[1:]), dtype=np.float16)
     return SplitArrays(
-        np.empty(rows, dtype=np.int64),
-        np.empty((rows, *like.inputs.shape[1:]), dtype=like.inputs.dtype),
-        np.empty(rows, dtype=np.int64),
+        empty((rows,), dtype=np.int64),
+        empty((rows, *like.inputs.shape[1:]), dtype=like.inputs.dtype),
+        empty((rows,), dtype=np.int64),
         logits,
     )
+
+
+def _own_pages(shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """An array that gives its memory back to the system when it is gone, whatever malloc is told to keep.
+
+    A training holds window after window between the activations of its batches; malloc's heap would grow with the holes
+    that they leave (see memory.keep_freed_memory).
+    """
+    count = int(np.prod(shape, dtype=np.int64))
+    pages = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype=dtype, count=count).reshape(shape)
 
 
 def check_identity(store: Store, digest: str, remedy: str) -> None:

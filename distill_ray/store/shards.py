@@ -122,7 +122,8 @@ def read(folder: Folder, record: ShardRecord, *, verify: bool, cache: ShardCache
     """Read a shard that a manifest names, memory-mapped where it is local; ``cache`` keeps copies of remote ones.
 
     Raises:
-        UserError: the file is missing, or is not what the manifest says (size, and checksum where ``verify``).
+        UserError: the file is missing, or is not what the manifest says (size, and checksum where ``verify``; a remote
+            one is always checked).
     """
     place = folder.location(record.file)
     checked = False
@@ -135,7 +136,8 @@ def read(folder: Folder, record: ShardRecord, *, verify: bool, cache: ShardCache
         raise UserError(
             f"{place}: missing shard: the store is damaged; delete its manifest.json to make it again"
         ) from None
-    verify = verify and not checked
+    # That it was checked before holds for a file; what comes from an object store again may be another.
+    verify = (verify or not folder.is_local) and not checked
     if buffer.size != record.bytes or (verify and hashlib.sha256(buffer).hexdigest() != record.sha256):
         raise UserError(
             f"{place}: damaged shard (its checksum is not the manifest's); delete it and manifest.json to make it again"
@@ -171,6 +173,16 @@ def recover(folder: Folder, name: str, *, store: str | None, precision: str | No
         return None
     record = _record(match["split"], int(match["index"]), name, batch, buffer.size, sha256)
     return record if ids_fault(batch, record) is None else None
+
+
+def precision_of(folder: Folder, name: str) -> str | None:
+    """What a label shard says it was made in; None of one from before version 1.2.
+
+    Raises:
+        UserError: it is no shard.
+    """
+    said = (_only_batch(folder.buffer(name), folder.location(name)).schema.metadata or {}).get(_PRECISION)
+    return None if said is None else said.decode(errors="replace")
 
 
 def ids_fault(batch: pa.RecordBatch, record: ShardRecord) -> str | None:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from distill_ray.artifacts import SUMMARY_FILE
 from distill_ray.console import Reporter
 from distill_ray.errors import RunError, UserError
-from distill_ray.storage import Folder, impatience, reason_of
+from distill_ray.storage import Folder, impatience, may_pass, reason_of
 from distill_ray.store import manifest as manifests
 from distill_ray.store import reader, shards
 from distill_ray.store.manifest import SHARD_NAME, DataManifest, ShardRecord, StoreManifest
@@ -66,6 +66,8 @@ def _open(folder: Folder) -> Store:
             what = "is a file, not the folder of a store" if folder.path.exists() else "no such folder"
             raise UserError(f"{folder}: {what}; give a folder data-... or labels-... of <out>/artifacts")
     except (OSError, pa.ArrowException) as error:
+        if not folder.is_local and may_pass(error):  # it does not answer: that says nothing of the store
+            raise RunError(f"{folder}: cannot be read ({reason_of(error)}): try again later") from None
         raise UserError(f"{folder}: cannot be read ({reason_of(error)})") from None
     if not names:
         raise UserError(f"{folder}: holds no files; give a folder data-... or labels-... of <out>/artifacts")
