@@ -205,8 +205,7 @@ def test_a_folder_may_have_any_name(at_server: ObjectStore) -> None:
         folder = Folder.at(f"s3://{BUCKET}/named/{name}/x")
         folder.write_text("a.txt", "text")
         assert folder.names() == ["a.txt"]
-        assert list(at_server.keys("named/")) == [f"{key}/x/a.txt"]
-        folder.delete("a.txt")
+        assert at_server.keys("named/")[f"{key}/x/a.txt"] == 4
 
 
 def test_a_folder_there_behaves_as_one_here(at_server: ObjectStore, tmp_path: Path) -> None:
