@@ -79,7 +79,8 @@ class SplitConfig(Section):
     ``fractions`` are three numbers that sum to 1, or two (train, validation) where the source says which rows are the
     test split. ``stratify``: each class is divided by the fractions. ``group_by`` names a column: rows of one group
     (one writer, one patient) stay in one split. ``column`` names a column that says each row's split; ``values`` says
-    which of its values mean which split, where they are not train, validation (or val, valid, dev) and test.
+    which of its values, of the data's own splits, or of the folders of images, mean which split, where they are not
+    train (training), validation (val, valid, dev) and test (testing), in any case.
     """
 
     booleans: ClassVar[frozenset[str]] = frozenset({"stratify"})
@@ -109,8 +110,12 @@ class SplitConfig(Section):
             raise ValueError("stratify and group_by cannot both be kept: a group has rows of any class; give one")
         return self
 
+    def split_of(self, value: str) -> SplitName | None:
+        """Which split a value of the column (or the name of a saved split, or of a folder) means, None where none."""
+        return self.split_of_value().get(value if self.values is not None else value.lower())
+
     def split_of_value(self) -> dict[str, SplitName]:
-        """Which split each value of the column (or name of a saved split) means."""
+        """Which split each such value means; where ``values`` does not say, in lower case."""
         if self.values is None:
             return dict(_SPLIT_ALIASES)
         meant: dict[str, SplitName] = {}
@@ -121,8 +126,8 @@ class SplitConfig(Section):
 
 
 _SPLIT_ALIASES: dict[str, SplitName] = {
-    "train": "train", "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
-    "test": "test",
+    "train": "train", "training": "train", "validation": "validation", "val": "validation", "valid": "validation",
+    "dev": "validation", "test": "test", "testing": "test",
 }  # fmt: skip
 
 
@@ -243,6 +248,12 @@ class ColumnsConfig(Section):
         if not value or (isinstance(value, tuple) and len(set(value)) != len(value)):
             raise ValueError(f"needs the name of a column, or different names of several, got {value!r}")
         return value
+
+    @model_validator(mode="after")
+    def _no_label_among_inputs(self) -> ColumnsConfig:
+        if self.label is not None and self.label in ((self.input,) if isinstance(self.input, str) else self.input):
+            raise ValueError(f"input: {self.label!r} is the column of the labels: what is to be learned is no input")
+        return self
 
 
 class OwnData(DataBase):

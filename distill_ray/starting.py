@@ -5,6 +5,7 @@ What is looked at is little: the schema, the first row, and the label column, re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -42,7 +43,10 @@ _IDS = ("id", "row_id", "uid", "uuid", "key")
 _SPLITS = ("split", "fold", "subset", "partition")
 _IMAGES = ("image", "img", "image_bytes", "jpeg", "png")
 _PATHS = ("path", "file", "filename", "file_name", "image_path")
-_MEANT = configs.SplitConfig().split_of_value()
+_split_of = configs.SplitConfig().split_of
+# Names as those of row numbers, of ids and of the classes in other words.
+_NO_FEATURE = re.compile(r"__index_level_\d+__|unnamed: ?\d+|index|.*[_ .-]id|labels?_.*|.*_labels?", re.IGNORECASE)
+_CAMEL_ID = re.compile(r".*[a-z](Id|ID)")  # PassengerId
 _SHOWN, _SHOWN_CHARACTERS = 12, 60  # names in a comment, and of each
 _UNEVEN = 5  # the largest class by the smallest
 _LARGEST_SIDE = 224  # of images that are resized because they differ
@@ -201,7 +205,11 @@ def _choose_columns(found: Found, schema: pa.Schema, wishes: Wishes) -> None:
     # A column that is called as ids or splits are is no input, be it taken as such or not.
     identity, split = wishes.id or _named(names, _IDS), wishes.split or _named(names, _SPLITS)
     apart = {label, identity, split}
-    inputs = list(wishes.input) or _inputs([schema.field(name) for name in names if name not in apart])
+    others = [schema.field(name) for name in names if name not in apart]
+    doubtful = [field.name for field in others if _is_number(field) and _is_no_feature(field, label, names)]
+    inputs = list(wishes.input) or _inputs(others, doubtful)
+    if label in inputs:
+        raise UserError(f"init: --input {label}: it is the column of the labels, which is no input: name others")
     columns: dict[str, Any] = {"input": inputs[0] if len(inputs) == 1 else inputs, "label": label}
     if identity is not None and not wishes.no_id:
         columns["id"] = identity
@@ -213,6 +221,8 @@ def _choose_columns(found: Found, schema: pa.Schema, wishes: Wishes) -> None:
     used = {*inputs, label, columns.get("id"), found.data.get("split", {}).get("column")}
     left = [name for name in names if name not in used]
     found.why["columns"] = f"not used: {_some(left)}" if left else "all that there are"
+    if doubtful and not wishes.input and _is_number(schema.field(inputs[0])):
+        found.why["columns"] += f"; by its name each of {_some(doubtful)} is another label, id or row number"
     if "data.columns.id" in found.guessed:
         found.why["columns"] += f"; the ids are {identity} by its name, --no-id leaves them out"
 
@@ -226,13 +236,13 @@ def _take_split_column(found: Found, name: str, *, asked: bool) -> None:
     source = open_source(_data_config({**found.data, "split": {"column": name}}))
     assert isinstance(source, ParquetSource | HuggingfaceSource)
     values = source.split_values()
-    unknown = [value for value in values if value not in _MEANT]
+    unknown = [value for value in values if value is None or _split_of(value) is None]
     if not unknown:
         found.own_splits = [str(value) for value in values]
         found.data["split"] = {"column": name}
         found.guessed |= {} if asked else {"data.split": "--no-split"}
     elif asked:
-        hint = files.nearest(str(unknown[0]), list(_MEANT))
+        hint = files.nearest(str(unknown[0]), list(configs.SplitConfig().split_of_value()))
         raise UserError(f"init: --split {name}: it holds {unknown[0]!r}, which means no split: {hint}")
 
 
@@ -244,7 +254,7 @@ def _choose_split(found: Found) -> None:
     split = found.data.setdefault("split", {})
     meant = _ours(found.own_splits)
     if {name: ours for ours, names in meant.items() for name in names} != {
-        name: _MEANT.get(name) for name in found.own_splits
+        name: _split_of(name) for name in found.own_splits
     }:
         split["values"] = meant
     if "validation" not in meant:
@@ -258,7 +268,7 @@ def _ours(names: Sequence[str]) -> dict[str, list[str]]:
 
     Validation rows can be cut from the training rows wherever there are test rows, so a single other split is the test.
     """
-    meant = {ours: [name for name in names if _MEANT.get(name) == ours] for ours in SPLITS}
+    meant = {ours: [name for name in names if _split_of(name) == ours] for ours in SPLITS}
     meant = {ours: those for ours, those in meant.items() if those}
     if not meant and names:
         return {"train": list(names)}
@@ -269,8 +279,8 @@ def _ours(names: Sequence[str]) -> dict[str, list[str]]:
     return meant
 
 
-def _inputs(fields: Sequence[Any]) -> list[str]:
-    """The input column; for a table, all columns of numbers."""
+def _inputs(fields: Sequence[Any], doubtful: Sequence[str]) -> list[str]:
+    """The input column; for a table, all columns of numbers but those that are ``doubtful``."""
     for wanted, fits in ((_IMAGES, _is_image), ((), _is_image), ((), _is_list), (_PATHS, lambda f: _is_text(f.type))):
         matching = [f.name for f in fields if fits(f) and (not wanted or f.name.lower() in wanted)]
         if len(matching) == 1:
@@ -279,7 +289,7 @@ def _inputs(fields: Sequence[Any]) -> list[str]:
             raise UserError(
                 f"init: {len(matching)} columns could be the input ({', '.join(matching[:8])}): name one with --input"
             )
-    numbers = [f.name for f in fields if pat.is_floating(f.type) or pat.is_integer(f.type)]
+    numbers = [f.name for f in fields if _is_number(f) and f.name not in doubtful]
     if not numbers:
         raise UserError(
             f"init: no column can be the input (there are: {', '.join(f'{f.name} {f.type}' for f in fields[:12])}): it "
@@ -287,6 +297,18 @@ def _inputs(fields: Sequence[Any]) -> list[str]:
             "--input"
         )
     return numbers
+
+
+def _is_no_feature(column: Any, label: str, names: Sequence[str]) -> bool:
+    """Whether a column is called as one that says the class, or which row it is, in other words."""
+    name = str(column.name)
+    if name.lower() == "y" and pat.is_floating(column.type) and _named(names, ("x",)) is not None:
+        return False  # a coordinate
+    return (
+        name.lower() in (*_LABELS, *_IDS, *_SPLITS)
+        or (len(label) > 1 and name.lower().startswith(f"{label.lower()}_"))
+        or bool(_NO_FEATURE.fullmatch(name) or _CAMEL_ID.fullmatch(name))
+    )
 
 
 def _named(names: Sequence[str], wanted: Sequence[str]) -> str | None:
@@ -299,6 +321,10 @@ def _is_image(column: Any) -> bool:
     if pat.is_struct(kind):
         return {str(inner.name) for inner in kind} >= {"bytes", "path"}
     return bool(pat.is_binary(kind) or pat.is_large_binary(kind))
+
+
+def _is_number(column: Any) -> bool:
+    return bool(pat.is_floating(column.type) or pat.is_integer(column.type) or pat.is_decimal(column.type))
 
 
 def _is_list(column: Any) -> bool:
@@ -366,7 +392,7 @@ class _Writer:
         split = self._found.data.get("split")
         said = _comment(self._split_reason())
         lines.append(f"  # split: {said}" if split is None else f"  split: {_inline(split)}  # {said}")
-        if self._info.dtype != "uint8":
+        if self._info.dtype != "uint8" or len(self._info.shape) != 3:  # pictures are scaled unasked
             lines.append("  input: {mean: auto, std: auto}  # of the training rows, per channel or feature")
         return lines
 
@@ -381,7 +407,7 @@ class _Writer:
         said = [f"{whose} ({_some(own)})"]
         values = split.get("values", {})
         for ours, names in values.items():
-            if renamed := [name for name in names if _MEANT.get(name) != ours]:
+            if renamed := [name for name in names if _split_of(name) != ours]:
                 said.append(f"its {_some(renamed)} is our {ours}")
         used = {name for names in values.values() for name in names}
         if unused := [name for name in own if values and name not in used]:

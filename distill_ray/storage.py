@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -38,6 +39,8 @@ _FINAL = (
     "UNRECOGNIZED_CLIENT", "MISSING_AUTHENTICATION", "INVALID_PARAMETER", "VALIDATION", "HTTP status 301",
     "HTTP status 400", "HTTP status 403", "PERMISSION_DENIED", "UNAUTHENTICATED",
 )  # fmt: skip
+PLAIN_IN_URIS = "/!$&'()*+,;=:@~"  # beside letters, digits, - . and _, what stands for itself in the path of a URI
+_NO_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CREDENTIALS = re.compile(r"(key|secret|token|password)[^=&]*=", re.IGNORECASE)
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -330,7 +333,10 @@ _LOCAL = pafs.LocalFileSystem()
 @lru_cache(maxsize=256)
 def _remote(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of a URI, with its open connections, and the path in it."""
-    filesystem, path = pafs.FileSystem.from_uri(uri)
+    place, mark, options = uri.partition("?")
+    # Names may have spaces and letters beyond ASCII, and a % that begins no escape; pyarrow parses none of them.
+    place = quote(_NO_ESCAPE.sub("%25", place), safe=f"{PLAIN_IN_URIS}%[]")
+    filesystem, path = pafs.FileSystem.from_uri(f"{place}{mark}{options}")
     return filesystem, path.rstrip("/")
 
 

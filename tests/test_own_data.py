@@ -61,6 +61,32 @@ def test_nested_lists_have_their_own_shape(tmp_path: Path) -> None:
     assert np.array_equal(found.inputs, values.astype(np.float32))
 
 
+def test_decimals_are_numbers(tmp_path: Path) -> None:
+    numbers = pa.array([None if n == 7 else n / 4 for n in range(60)]).cast(pa.decimal128(8, 2))
+    path = write_parquet(tmp_path / "rows.parquet", {"a": numbers, "b": np.arange(60), "y": LABELS})
+    assert bad_rows(parquet(path, columns={"input": ["a", "b"]})) == [
+        f"{path}, row 7: its input holds a null (column 'a')"
+    ]
+    path = write_parquet(tmp_path / "rows.parquet", {"a": numbers.fill_null(0), "b": np.arange(60), "y": LABELS})
+    found = read_all(parquet(path, columns={"input": ["a", "b"]}))
+    assert found.inputs[4].tolist() == [1.0, 4.0]
+    listed = pa.FixedSizeListArray.from_arrays(numbers.fill_null(0), 2)
+    found = read_all(parquet(write_parquet(tmp_path / "rows.parquet", {"x": listed, "y": [0, 1, 2] * 10})))
+    assert (found.info.dtype, found.inputs[2].tolist()) == ("float32", [1.0, 1.25])
+
+
+def test_pictures_with_their_channels_last_are_told(tmp_path: Path) -> None:
+    def warnings(*shape: int, **keys: Any) -> tuple[str, ...]:
+        values = np.zeros((60, *shape), np.uint8).tolist()
+        path = write_parquet(tmp_path / "rows.parquet", {"x": values, "y": LABELS})
+        return read_all(parquet(path, **keys)).info.warnings
+
+    (told,) = warnings(8, 6, 3)
+    assert "rows of [8, 6, 3] are read as 8 channels of [6, 3]" in told
+    assert "write pictures [height, width, channels] as [channels, height, width]" in told
+    assert warnings(8, 6, 3, input={"shape": [8, 6, 3]}) == warnings(3, 8, 6) == warnings(1, 6, 3) == ()
+
+
 def test_as_many_numbers_in_other_lists_are_another_array(tmp_path: Path) -> None:
     lists = [[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]] * 9
     columns = {
@@ -201,6 +227,38 @@ def test_a_photograph_is_turned_as_its_exif_says(tmp_path: Path) -> None:
     assert np.array_equal(found.inputs[0, 0], np.rot90(np.asarray(upright), -1))
 
 
+def test_a_damaged_exif_block_does_not_make_the_picture_useless(tmp_path: Path) -> None:
+    (image,) = pixels(1, 8, 16)
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", exif=b"Exif\x00\x00neither end of a number comes first")
+    path = write_parquet(tmp_path / "rows.parquet", {"x": [file.getvalue()] * 60, "y": LABELS})
+    assert np.array_equal(read_all(parquet(path)).inputs[0, 0], image)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    """A drawing in black, and what lies below the transparent part is black too."""
+    drawing = Image.new(mode, (6, 4), {"RGBA": (0, 0, 0, 0), "LA": (0, 0)}.get(mode, 0))
+    drawing.putpixel((1, 2), {"RGBA": (9, 9, 9, 255), "LA": (9, 255)}.get(mode, 9))
+    file = io.BytesIO()
+    if mode == "P":
+        drawing.putpalette([value for n in range(256) for value in (n, n, n)])
+    drawing.save(file, "PNG", **({"transparency": 0} if mode in ("P", "L") else {}))
+    path = write_parquet(tmp_path / "rows.parquet", {"x": [file.getvalue()] * 60, "y": LABELS})
+    found = read_all(parquet(path))
+    assert found.info.shape == (1 if mode in ("LA", "L") else 3, 4, 6)
+    expected = np.full((4, 6), 255)
+    expected[2, 1] = 9
+    assert (found.inputs == expected).all()
+
+
+def test_an_alpha_channel_that_hides_nothing_changes_no_pixel(tmp_path: Path) -> None:
+    (image,) = pixels(1, 40, 40, channels=3)
+    opaque = np.concatenate([image, np.full((40, 40, 1), 255, np.uint8)], axis=2)
+    path = write_parquet(tmp_path / "rows.parquet", {"x": [png(opaque)] * 60, "y": LABELS})
+    assert np.array_equal(read_all(parquet(path)).inputs[0], image.transpose(2, 0, 1))
+
+
 # --- ids and labels --------------------------------------------------------------------------------------------------
 
 
@@ -226,6 +284,41 @@ def test_names_of_classes_are_sorted_unless_given(tmp_path: Path, encoded: bool)
     assert named.info.class_names == ("pear", "fig", "apple")
     assert named.labels[:3] == [0, 2, -1]
     assert "1 of 3 classes have no row (the first: 'fig')" in named.info.warnings[0]
+
+
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.float16(), pa.decimal128(5, 2)])
+def test_integers_beside_missing_ones_are_floats_in_pandas(tmp_path: Path, kind: pa.DataType) -> None:
+    labels: list[int | None] = [2, None, 0, 1] * 15
+    x = fixed_list(np.zeros((60, 2), np.uint8))
+    column = pa.array(labels, pa.int16()).cast(pa.float32()).cast(kind)
+    path = write_parquet(tmp_path / "set" / "a.parquet", {"x": x, "y": column})
+    expected = [2, -1, 0, 1] * 15
+    assert read_all(parquet(path)).labels == expected
+    if pa.types.is_floating(kind):  # not a number is none, either; and a file that misses none has integers
+        values = np.asarray([np.nan if label is None else label for label in labels], kind.to_pandas_dtype())
+        write_parquet(tmp_path / "set" / "b.parquet", {"x": x, "y": pa.array(values)})
+        write_parquet(tmp_path / "set" / "c.parquet", {"x": x, "y": LABELS})
+        found = read_all(parquet(tmp_path / "set"))
+        assert found.info.class_names == ("0", "1", "2")
+        assert found.labels == expected * 2 + LABELS
+
+
+def test_an_empty_word_is_no_label(tmp_path: Path) -> None:
+    columns = {"x": fixed_list(np.zeros((60, 2), np.uint8)), "y": ["cat", "", "dog", None] * 15}
+    found = read_all(parquet(write_parquet(tmp_path / "rows.parquet", columns)))
+    assert (found.info.class_names, found.labels[:4]) == (("cat", "dog"), [0, -1, 1, -1])
+
+
+def test_a_number_that_may_stand_for_no_label_is_told(tmp_path: Path) -> None:
+    x = fixed_list(np.zeros((60, 2), np.uint8))
+    path = write_parquet(tmp_path / "rows.parquet", {"x": x, "y": [0, 1, 2, 255] * 15})
+    (told,) = read_all(parquet(path)).info.warnings
+    assert told == (
+        "252 of 256 classes have no row (the first: '3'); where the label 255 means that there is none, write null in "
+        "its place"
+    )
+    path = write_parquet(tmp_path / "rows.parquet", {"x": x, "y": [0, 1, 3, 4] * 15})
+    assert read_all(parquet(path)).info.warnings == ("1 of 5 classes have no row (the first: '2')",)
 
 
 def test_the_order_in_which_pieces_arrive_does_not_matter(tmp_path: Path) -> None:
@@ -271,6 +364,9 @@ def changed(row: int, value: Any) -> list[Any]:
         ({"x": [], "y": []}, {}, "data.path {path}: holds no rows"),
         ({"x": [{"a": 1}] * 60, "y": LABELS}, {}, "column 'x' holds struct<a: int64>: an input is a list of numbers"),
         ({"x": X, "y": [0.5] * 60}, {}, "the column holds double; labels are integers or strings"),
+        ({"x": X, "y": [*LABELS[:5], 0.5, *LABELS[6:]]}, {}, "and null marks a row without one (there is 0.5)"),
+        ({"x": X, "y": [*LABELS[:5], 1e300, *LABELS[6:]]}, {}, "and null marks a row without one (there is 1e+300)"),
+        ({"x": X, "y": [*LABELS[:5], -3.0, *LABELS[6:]]}, {}, "{path}, row 5 has the label -3: labels count from 0 on"),
         ({"x": X, "y": [*LABELS[:5], -3, *LABELS[6:]]}, {}, "{path}, row 5 has the label -3: labels count from 0 on"),
         (
             {"x": X, "y": LABELS}, {"class_names": ["a", "b"]},
@@ -465,6 +561,22 @@ def test_files_and_the_images_that_they_name_may_lie_on_an_object_store(
             found = read_all(parquet(Path("unused")).model_copy(update={"path": location}))
             assert np.array_equal(found.inputs[:, 0], images)
             assert found.ids[-1] == "part-1.parquet/14"
+        odd = ("hot dog", "köder", "100%", "a%20b", "q?#[1]", "+=&,;:@~")
+        for number in range(30):
+            key = f"odd/{odd[number % len(odd)]}/{number} %2F é?.png"
+            client.put_object(Bucket=BUCKET, Key=key, Body=png(images[number]))
+        folders = data_config(source="images", path=f"s3://{BUCKET}/odd")
+        found = read_all(folders)
+        assert found.info.class_names == tuple(sorted(odd))
+        order = [int(name.split("/")[1].split()[0]) for name in found.ids]
+        assert np.array_equal(found.inputs[:, 0], images[order])
+        names = [f"{odd[n % len(odd)]}/{n} %2F é?.png" for n in range(30)]
+        path = write_parquet(tmp_path / "rows.parquet", {"x": names, "y": LABELS[:30]})
+        client.put_object(Bucket=BUCKET, Key="odd/the rows: 100%.parquet", Body=path.read_bytes())
+        for location in (f"s3://{BUCKET}/odd", f"s3://{BUCKET}/odd/the rows: 100%.parquet"):
+            found = read_all(parquet(Path("unused")).model_copy(update={"path": location}))
+            assert np.array_equal(found.inputs[:, 0], images)
+            assert found.ids[0] == "the rows: 100%.parquet/0"
         with pytest.raises(UserError, match="no such file or folder"):
             read_all(parquet(Path("unused")).model_copy(update={"path": f"s3://{BUCKET}/nowhere"}))
         client.put_object(Bucket=BUCKET, Key="set/part-2.parquet", Body=b"cut short")

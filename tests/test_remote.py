@@ -202,6 +202,14 @@ def test_options_in_the_uri_are_kept_on_every_path(
     assert server.keys("options/") == {"runs/artifacts/data-1/a.txt": 4}
 
 
+def test_a_folder_may_have_any_name(at_server: ObjectStore) -> None:
+    for name, key in (("my runs", "my runs"), ("läufe", "läufe"), ("100%", "100%"), ("a%20b", "a b"), ("c#1", "c#1")):
+        folder = Folder.at(f"s3://{BUCKET}/named/{name}/x")
+        folder.write_text("a.txt", "text")
+        assert folder.names() == ["a.txt"]
+        assert at_server.keys("named/")[f"{key}/x/a.txt"] == 4
+
+
 def test_a_folder_there_behaves_as_one_here(at_server: ObjectStore, tmp_path: Path) -> None:
     for folder in (Folder.at(tmp_path / "x"), Folder.at(f"s3://{BUCKET}/x")):
         assert (folder.names(), folder.sizes(), folder.size("a"), folder.exists("a")) == ([], {}, None, False)

@@ -59,6 +59,46 @@ def test_a_table_is_all_its_numbers_but_the_label(tmp_path: Path) -> None:
     assert "from 48 rows (2) to 71 (1)" in text
 
 
+@pytest.mark.parametrize(
+    ("columns", "label", "inputs"),
+    [
+        ({"a": 0.5, "b": 1, "label": "cat", "target": 1, "class": 2, "Y": 1}, "label", ["a", "b"]),
+        ({"a": 0.5, "b": 1, "class": "cat", "y": 1.0}, "class", ["a", "b"]),
+        ({"a": 0.5, "b": 1, "label": 0, "__index_level_0__": 3, "Unnamed: 0": 3, "index": 3}, "label", ["a", "b"]),
+        ({"id": 3, "sample_id": 3, "image id": 3, "PassengerId": 3, "a": 0.5, "paid": 1, "label": 0}, "label",
+         ["a", "paid"]),
+        ({"kind": "cat", "kind_code": 1, "label_encoded": 1, "true_label": 1, "a": 0.5, "b": 1}, "kind",
+         ["a", "b"]),
+        ({"x": 0.5, "y": 0.5, "label": "cat"}, "label", ["x", "y"]),  # coordinates
+    ],
+)  # fmt: skip
+def test_what_may_say_the_class_or_the_row_is_no_input_of_a_table(
+    tmp_path: Path, columns: dict[str, Any], label: str, inputs: list[str]
+) -> None:
+    made = {name: [f"{value}{n % 2}" if isinstance(value, str) else value + n for n in range(40)]
+            for name, value in columns.items()}  # fmt: skip
+    made[label] = [n % 2 for n in range(40)]
+    path = write_parquet(tmp_path / "own.parquet", made)
+    text = first_config(str(path), "own", Wishes(label=label))
+    assert yaml.safe_load(text)["data"]["columns"]["input"] == inputs
+    left = [name for name in columns if name not in (*inputs, label, "id")]
+    said = f"by its name each of {', '.join(left)} is another label, id or row number"
+    assert (said in text) == bool(left), text
+    for name in left:  # who means it, says so
+        assert started(path, label=label, input=(name, inputs[0]))["data"]["columns"]["input"] == [name, inputs[0]]
+
+
+def test_the_label_is_no_input(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "own.parquet", {"x": np.arange(40.0), "label": [0, 1] * 20})
+    with pytest.raises(UserError, match="init: --input label: it is the column of the labels"):
+        started(path, input=("x", "label"))
+    config = started(path)
+    for names in ("label", ["x", "label"]):
+        config["data"]["columns"]["input"] = names
+        with pytest.raises(UserError, match=r"columns.*'label' is the column of the labels: what is to be learned is"):
+            configs.from_dict(config)
+
+
 def test_a_folder_a_class_under_its_own_splits(tmp_path: Path) -> None:
     for number, (image, label) in enumerate(zip(*load_digits(return_X_y=True), strict=True)):
         if number == 200:
@@ -175,6 +215,38 @@ def test_rare_classes_are_divided_such_that_each_is_in_train(tmp_path: Path) -> 
     assert set(info_of(open_source(config.data)).splits) == set(SPLITS)
     write_parquet(tmp_path / "few.parquet", {"x": np.arange(30.0), "label": [0] * 15 + [1] * 15})
     assert started(tmp_path / "few.parquet")["data"]["split"]["stratify"] is True
+
+
+@pytest.mark.parametrize(
+    ("parts", "split"),
+    [
+        (("Training", "Testing"), {"fractions": [0.9, 0.1], "stratify": True}), (("TRAIN", "Val", "Test"), None),
+    ],
+)  # fmt: skip
+def test_splits_may_be_spelled_otherwise(tmp_path: Path, parts: tuple[str, ...], split: dict[str, Any] | None) -> None:
+    writers: list[Callable[..., Path]] = [written_images, written_table, written_dataset]
+    for number, write in enumerate(writers):
+        config = started(write(tmp_path / str(number), parts))
+        found = config["data"].get("split", {})
+        assert {key: value for key, value in found.items() if key != "column"} == (split or {})
+        info = info_of(open_source(configs.from_dict(config).data))
+        assert info.class_names == (("cat", "dog") if number == 0 else ("0", "1"))
+        assert len(info.splits["test"]) >= 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "auto"),
+    [((12,), "uint8", True), ((4, 3), "uint8", True), ((3, 4, 4), "uint8", False), ((1, 4, 4), "float32", True)],
+)
+def test_inputs_that_are_no_pictures_are_brought_to_one_scale(
+    tmp_path: Path, shape: tuple[int, ...], dtype: str, auto: bool
+) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (40, *shape)).astype(dtype)
+    kind = pa.from_numpy_dtype(dtype)
+    for _ in shape:
+        kind = pa.list_(kind)
+    path = write_parquet(tmp_path / "own.parquet", {"x": pa.array(values.tolist(), kind), "label": [0, 1] * 20})
+    assert started(path)["data"].get("input") == ({"mean": "auto", "std": "auto"} if auto else None)
 
 
 def test_images_of_several_sizes_are_resized_and_large_ones_lie_in_small_shards(tmp_path: Path) -> None:

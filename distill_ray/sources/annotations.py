@@ -21,6 +21,7 @@ from distill_ray.sources.splitting import SPLITS, Indices, divide
 
 UNLABELLED = -1
 _MOST_CLASSES = 1_000_000  # a larger label is rather an id
+_EXACT = 2.0**53  # up to it a float stands for one integer alone
 # What the small columns are called on their way from the files.
 LABEL, SPLIT, GROUP, ID = "label", "split", "group", "id"
 
@@ -58,11 +59,22 @@ def _labels(column: pa.Array) -> pa.Array:
         except pa.ArrowInvalid:
             raise UserError("data.columns.label: a label exceeds 64 bits") from None
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return column.cast(pa.large_string())
+        text = column.cast(pa.large_string())
+        return pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)  # as an empty field of a CSV
     if pa.types.is_null(kind):
         return column.cast(pa.int64())
+    found = ""
+    if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+        numbers = column.cast(pa.float64())
+        numbers = pc.if_else(pc.is_nan(numbers), pa.scalar(None, pa.float64()), numbers)
+        broken = numbers.filter(pc.not_equal(numbers, pc.floor(numbers)).fill_null(False))
+        huge = numbers.filter(pc.greater(pc.abs(numbers), _EXACT).fill_null(False))
+        if not len(broken) and not len(huge):  # integers beside missing ones, as pandas writes them
+            return numbers.cast(pa.int64())
+        found = f" (there is {(broken if len(broken) else huge)[0].as_py():g})"
     raise UserError(
-        f"data.columns.label: the column holds {kind}; labels are integers or strings, and null marks a row without one"
+        f"data.columns.label: the column holds {kind}; labels are integers or strings, and null marks a row without "
+        f"one{found}"
     )
 
 
@@ -147,17 +159,18 @@ class Annotations:
         self._splits = self._room(self._splits, np.int8)
         self._without_nulls(at, column, "data.split.column", "is in no split (null)")
         encoded = pc.dictionary_encode(column)
-        meant = self._config.split.split_of_value()
+        config = self._config.split
         numbers = np.empty(len(encoded.dictionary), dtype=np.int8)
         places = encoded.indices.to_numpy(zero_copy_only=False)
         for number, value in enumerate(encoded.dictionary.to_pylist()):
-            if value not in meant:
+            meant = config.split_of(value)
+            if meant is None:
                 row = at.start + int(np.flatnonzero(places == number)[0])
                 raise UserError(
                     f"data.split.column: {self._name_of(row)} has {value!r}, which means no split: "
-                    f"{nearest(value, list(meant))} (data.split.values says what means which)"
+                    f"{nearest(value, list(config.split_of_value()))} (data.split.values says what means which)"
                 )
-            numbers[number] = SPLITS.index(meant[value])
+            numbers[number] = SPLITS.index(meant)
         self._splits[at] = numbers[places]
 
     # --- what follows --------------------------------------------------------------------------------------------
@@ -258,7 +271,10 @@ def check_classes(
     empty = np.flatnonzero(total == 0)
     if not len(empty):
         return ()
-    return (f"{len(empty)} of {len(names)} classes have no row (the first: {names[empty[0]]!r})",)
+    said = f"{len(empty)} of {len(names)} classes have no row (the first: {names[empty[0]]!r})"
+    if names[-1] == str(len(names) - 1) and not total[-2]:  # named by their numbers, and the last one is alone
+        said += f"; where the label {names[-1]} means that there is none, write null in its place"
+    return (said,)
 
 
 def class_counts(

@@ -14,6 +14,7 @@ from distill_ray.config import OwnData
 from distill_ray.errors import UserError
 from distill_ray.sources.annotations import Annotations, check_classes
 from distill_ray.sources.decoding import Layout
+from distill_ray.sources.files import nearest
 from distill_ray.sources.splitting import SPLITS, Indices, split_by_fractions
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "StreamedSource",
     "described",
     "in_steps",
+    "refuse_absent",
     "split_by_fractions",
 ]
 
@@ -172,10 +174,33 @@ def described(
     splits = annotations.splits(labels, [row.row for row in bad])
     mend = "leave it out, or set data.split.stratify=true" if config.split.column is None else "leave its rows out"
     warnings = check_classes(labels, names, splits, mend)
+    if config.input.shape is None and _has_channels_last(layout.shape):
+        first, *others = layout.shape
+        warnings = (
+            *warnings,
+            f"data.columns.input: rows of {list(layout.shape)} are read as {first} channels of {others}: write "
+            "pictures [height, width, channels] as [channels, height, width]; data.input.shape says that they are none",
+        )
     if bad:
         named = "; ".join(str(row) for row in bad[:_NAMED])
         warnings = (*warnings, f"{len(bad)} row(s) are left out, whose input cannot be used: {named}")
     return SourceInfo(layout.shape, layout.dtype, names, False, splits, warnings, labels, len(bad))
+
+
+def _has_channels_last(shape: tuple[int, ...]) -> bool:
+    counts = (1, 3, 4)
+    return len(shape) == 3 and shape[2] in counts and shape[0] not in counts
+
+
+def refuse_absent(config: OwnData, names: Sequence[str], what: str) -> None:
+    """Refuse a value of data.split.values that is none of the ``names`` of the data's own splits, or of its folders.
+
+    Raises:
+        UserError: its rows would be left out, or be divided by chance, without a word.
+    """
+    for value in config.split.split_of_value() if config.split.values is not None else ():
+        if value not in names:
+            raise UserError(f"data.split.values: {value!r} is none of the {what} of the data: {nearest(value, names)}")
 
 
 def in_steps(indices: Indices, row_bytes: int) -> Iterator[Indices]:

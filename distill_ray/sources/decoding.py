@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from distill_ray.config import InputWish
 from distill_ray.errors import RunError, UserError
@@ -31,6 +31,12 @@ Array = npt.NDArray[Any]
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _GREY = ("L", "1", "LA")
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+_ORIENTATION = 0x0112  # in EXIF
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 SAMPLE_ROWS = 32  # images that are looked at before one shape is said to be that of all
 _INT32 = np.iinfo(np.int32)
 
@@ -91,7 +97,7 @@ def dtype_of(name: str, column: pa.DataType) -> str:
         return "int32"
     if pa.types.is_float16(column):
         return "float16"
-    if pa.types.is_floating(column):
+    if pa.types.is_floating(column) or pa.types.is_decimal(column):
         return "float32"
     raise UserError(
         f"data.columns.input: column {name!r} holds {column}: an input is a list of numbers, a number, an encoded "
@@ -207,6 +213,8 @@ def _converted(leaves: pa.Array, layout: Layout) -> tuple[Array, Faults]:
         for row in np.flatnonzero(bad.reshape(-1, layout.width).any(axis=1)):
             faults.setdefault(int(row), reason)
 
+    if pa.types.is_decimal(leaves.type):
+        leaves = leaves.cast(pa.float64())
     if leaves.null_count:
         tell(leaves.is_null().to_numpy(zero_copy_only=False), "its input holds a null")
         # What lies below the nulls does not matter: their rows are faulty already.
@@ -310,8 +318,28 @@ def encoded(column: pa.Array, row: int, open_path: Callable[[str], bytes]) -> by
         raise RunError(f"{value}: cannot be read ({reason_of(error)}): the same command tries again") from None
 
 
+def _upright(file: Image.Image) -> Image.Image:
+    """Turned as its EXIF block says; as it is where that block is damaged, which the picture need not be."""
+    file.load()
+    try:
+        turn = _TURNS.get(file.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever the reader of damaged blocks raises
+        return file
+    return file if turn is None else file.transpose(turn)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """On white where it is transparent: what lies below there is mostly black, as what is drawn on it may be."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+
+
 def decode(data: bytes, wish: InputWish, channels: int | None = None) -> npt.NDArray[np.uint8]:
     """An image [channels, height, width]; resized where ``wish`` says so. Without ``channels``: as the file has it.
+
+    What is transparent is white.
 
     Raises:
         Undecodable: it is no image, is damaged, or has more than 8 bits a channel; or it has colours, which
@@ -323,9 +351,9 @@ def decode(data: bytes, wish: InputWish, channels: int | None = None) -> npt.NDA
             with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
                 if file.mode in _DEEP:
                     raise Undecodable("its image has more than 8 bits a channel: convert it to 8 bits first")
-                image: Image.Image = ImageOps.exif_transpose(file)
-                wanted = wish.channels or channels or (1 if image.mode in _GREY else 3)
-                if wanted == 1 and wish.channels is None and image.mode not in _GREY:
+                image = _opaque(_upright(file))
+                wanted = wish.channels or channels or (1 if file.mode in _GREY else 3)
+                if wanted == 1 and wish.channels is None and file.mode not in _GREY:
                     raise Undecodable(
                         "its image has colours, and those that were looked at before are grey: data.input.channels (1 "
                         "or 3) says what all become"

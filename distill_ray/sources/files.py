@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
+from urllib.parse import quote, unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 from fsspec.utils import glob_translate
 
 from distill_ray.errors import UserError
-from distill_ray.storage import Folder, filesystem_of, reason_of
+from distill_ray.storage import PLAIN_IN_URIS, Folder, filesystem_of, reason_of
 
 _WILD = re.compile(r"[*?\[]")
 
@@ -105,8 +106,10 @@ def join(base: str, name: str) -> str:
     """``name`` below the folder ``base``; a name that is absolute, or a URI, as it is."""
     if "://" in name or name.startswith("/"):
         return name.removeprefix("file://")
-    place, mark, options = base.partition("?") if "://" in base else (base, "", "")
-    return f"{place.rstrip('/')}/{name}{mark}{options}"
+    if "://" not in base:
+        return f"{base.rstrip('/')}/{name}"
+    place, mark, options = base.partition("?")
+    return f"{place.rstrip('/')}/{quote(name, safe=PLAIN_IN_URIS)}{mark}{options}"
 
 
 def parent(uri: str) -> str:
@@ -120,7 +123,8 @@ def read(uri: str) -> bytes:
     Raises:
         OSError: it cannot be read.
     """
-    return _folder(parent(uri)).read_bytes(Folder(uri).name)
+    name = Folder(uri).name
+    return _folder(parent(uri)).read_bytes(unquote(name) if "://" in uri else name)
 
 
 @lru_cache(maxsize=1024)

@@ -21,7 +21,16 @@ from distill_ray.config import HuggingfaceData
 from distill_ray.errors import UserError
 from distill_ray.sources import decoding, files
 from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed
-from distill_ray.sources.base import BadRow, Examples, Indices, SourceInfo, check_bad_rows, described, in_steps
+from distill_ray.sources.base import (
+    BadRow,
+    Examples,
+    Indices,
+    SourceInfo,
+    check_bad_rows,
+    described,
+    in_steps,
+    refuse_absent,
+)
 from distill_ray.sources.decoding import Layout
 from distill_ray.sources.images import refuse_duplicates
 from distill_ray.sources.parquet import plain_id, wished
@@ -51,22 +60,23 @@ class HuggingfaceSource:
         """Which split each part is; None where it is one dataset."""
         if self._parts[0][0] is None:
             return None
-        meant = self._config.split.split_of_value()
-        unknown = [name for name, _ in self._used if name not in meant]
-        if unknown:
+        config = self._config.split
+        meant = {str(name): config.split_of(str(name)) for name, _ in self._used}
+        unknown = next((name for name, split in meant.items() if split is None), None)
+        if unknown is not None:
             raise UserError(
-                f"data.path {self._config.path}: its split {unknown[0]!r} means none of ours: "
-                f"{files.nearest(str(unknown[0]), list(meant))} (data.split.values says what means which)"
+                f"data.path {self._config.path}: its split {unknown!r} means none of ours: "
+                f"{files.nearest(unknown, list(config.split_of_value()))} (data.split.values says what means which)"
             )
-        return [meant[str(name)] for name, _ in self._used]
+        return [str(split) for split in meant.values()]
 
     @cached_property
     def _used(self) -> list[tuple[str | None, Any]]:
         """The parts that are read: where data.split.values is given, those that it names."""
         if self._config.split.values is None or self._parts[0][0] is None:
             return self._parts
-        meant = self._config.split.split_of_value()
-        return [part for part in self._parts if part[0] in meant]
+        refuse_absent(self._config, [str(name) for name, _ in self._parts], "splits")
+        return [part for part in self._parts if self._config.split.split_of(str(part[0])) is not None]
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -81,7 +91,10 @@ class HuggingfaceSource:
         """A column of all parts, whole; for small ones."""
         columns = [decoding.plain(part.with_format("arrow")[:].column(name)) for _, part in self._with(name, key)]
         try:  # a part without any value has it as null
-            return pa.concat_tables([pa.table({name: column}) for column in columns], promote_options="default")[name]
+            tables = [pa.table({name: column}) for column in columns]
+            # Of labels, too, a part that misses some has its integers as floats.
+            promote = "permissive" if key == "data.columns.label" else "default"
+            return pa.concat_tables(tables, promote_options=promote)[name]
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             types = ", ".join(dict.fromkeys(str(column.type) for column in columns))
             raise UserError(
@@ -149,6 +162,7 @@ class HuggingfaceSource:
             if LABEL in small.column_names:
                 # By name: the config may have the classes in another order. A ClassLabel of -1 is none.
                 codes = pc.cast(small.column(LABEL), pa.int64())
+                self._refuse_beyond(codes, names)
                 known = pc.if_else(pc.less(codes, 0).fill_null(True), pa.scalar(None, pa.int64()), codes)
                 position = small.column_names.index(LABEL)
                 small = small.set_column(
@@ -158,6 +172,16 @@ class HuggingfaceSource:
         refuse_duplicates(small, self.name_of)
         annotations.add(0, condensed({name: small.column(name) for name in small.column_names}))
         return described(config, annotations, self._layout, bad)
+
+    def _refuse_beyond(self, codes: pa.ChunkedArray, names: Sequence[str]) -> None:
+        """Labels that the ClassLabel feature has no name for."""
+        beyond = np.flatnonzero(pc.greater_equal(codes, len(names)).fill_null(False).to_numpy())
+        if len(beyond):
+            row = int(beyond[0])
+            raise UserError(
+                f"data.columns.label: {self.name_of(row)} has the label {codes[row].as_py()}, and the dataset names "
+                f"{len(names)} classes (0 to {len(names) - 1}): mend the label, or write null where there is none"
+            )
 
     @property
     def _input_names(self) -> list[str]:

@@ -1,12 +1,14 @@
 """images: a folder a class, or a folder with a table that names image files and their labels.
 
-Folders named train, validation (or val, valid, dev) and test at the top are the splits, with a folder a class in each.
+Folders named train, validation and test at the top (or as data.split.values says) are the splits, with a folder a class
+in each.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -23,14 +25,24 @@ from distill_ray.config import ColumnsConfig, ImagesData
 from distill_ray.errors import RunError, UserError
 from distill_ray.sources import decoding, files
 from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed
-from distill_ray.sources.base import BadRow, Examples, Indices, SourceInfo, check_bad_rows, described, in_steps
+from distill_ray.sources.base import (
+    BadRow,
+    Examples,
+    Indices,
+    SourceInfo,
+    check_bad_rows,
+    described,
+    in_steps,
+    refuse_absent,
+)
 from distill_ray.sources.decoding import Layout
 from distill_ray.storage import filesystem_of, reason_of
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _HIDDEN = (".",)  # cameras call their files _MG_1234.JPG
-_NAMED_SUFFIXES = 5
-_ALIASES = frozenset(("train", "validation", "val", "valid", "dev", "test"))
+_NAMED_SUFFIXES = _NAMED_FOLDERS = 5
+_PLAIN_SPLITS = frozenset(("train", "validation", "val", "valid", "dev", "test"))
+_NUMBER = re.compile(r"[\s_-]*\d+$")
 
 
 class ImagesSource:
@@ -43,14 +55,22 @@ class ImagesSource:
         """Location, size and time of each image file; with a table, of the table alone."""
         if self._config.table is not None:
             return {"table": self._table_file.state()}
-        return {"files": [file.state() for file in self._files]}
+        # Folders of splits by other names were classes once: a store of them is another.
+        renamed = {name: split for name, split in self._splits.items() if name not in _PLAIN_SPLITS}
+        return {"files": [file.state() for file in self._files]} | ({"splits": renamed} if renamed else {})
+
+    @cached_property
+    def _splits(self) -> dict[str, str]:
+        """Which split each folder at the top is; empty where they are the classes."""
+        return splits_of_folders(self._config, [file.name.split("/") for file in self._files])
 
     @cached_property
     def _files(self) -> list[files.File]:
+        """Folder by folder, those of a folder by name: as torchvision's ImageFolder has them."""
         found = files.find("data.path", self._config.path, _SUFFIXES, hidden=_HIDDEN, others=self._others)
         if len(found) == 1 and found[0].uri == self._config.path:
             raise UserError(f"data.path {self._config.path}: is a file, not a folder of images")
-        return found
+        return sorted(found, key=lambda file: (file.name.split("/")[:-1], file.name))
 
     @cached_property
     def _others(self) -> Counter[str]:
@@ -68,12 +88,14 @@ class ImagesSource:
         if self._config.table is not None:
             return self._from_table()
         names = [file.name.split("/") for file in self._files]
-        fitting = [len(parts) > 2 and parts[0] in _ALIASES for parts in names]
+        splits = self._splits
+        fitting = [len(parts) > 2 and parts[0] in splits for parts in names]
         own_splits = all(fitting)
         if any(fitting) and not own_splits:  # else the splits would become the classes
             raise UserError(
                 f"data.path {self._config.path}: {'/'.join(names[fitting.index(False)])} is in no folder of a class in "
-                f"a split, as {'/'.join(names[fitting.index(True)])} is: move it, or name a table in data.table"
+                f"a split, as {'/'.join(names[fitting.index(True)])} is: move it, say in data.split.values which split "
+                "its folder is, or name a table in data.table"
             )
         least = 3 if own_splits else 2
         for parts in names:
@@ -211,6 +233,45 @@ class ImagesSource:
         else:
             ids = self._inputs.take(pa.array(indices))
         return inputs, ids, bad
+
+
+def splits_of_folders(config: ImagesData, names: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Which split each folder at the top is, of the files with these ``names`` (in parts); none where they are classes.
+
+    Raises:
+        UserError: they look like splits that hold the classes, or like splits that hold none.
+    """
+    held: dict[str, set[str]] = {}  # folder at the top -> folders in it
+    for parts in names:
+        if len(parts) > 1:
+            held.setdefault(parts[0], set()).update(parts[1:-1][:1])
+    if not held or (config.split.values is None and set(held) <= set(config.class_names or ())):
+        return {}
+    refuse_absent(config, list(held), "folders")
+    meant = {name: split for name in held if (split := config.split.split_of(name)) is not None}
+    if any(held[name] for name in meant):
+        return {name: str(split) for name, split in meant.items()}
+    whose = f"data.path {config.path}: its folders {_some(held)}"
+    said = "where they are the classes, name them in data.class_names"
+    numbered = [config.split.split_of(_NUMBER.sub("", name)) for name in held]  # test1 beside train
+    named_as_splits = None not in numbered and (len(meant) == len(held) or len(set(numbered)) > 1)
+    if config.split.values is not None or named_as_splits:
+        raise UserError(
+            f"{whose} are splits by their names, and hold no folder a class: make one for each class in them, or name "
+            f"a table in data.table; {said}"
+        )
+    shared = sorted(set.intersection(*held.values())) if len(held) > 1 else []
+    if len(shared) > 1:
+        raise UserError(
+            f"{whose} hold folders of the same names ({_some(shared)}): say in data.split.values which split each is; "
+            f"{said}"
+        )
+    return {}
+
+
+def _some(names: Iterable[str]) -> str:
+    found = list(names)
+    return ", ".join(found[:_NAMED_FOLDERS]) + (", ..." if len(found) > _NAMED_FOLDERS else "")
 
 
 def refuse_duplicates(small: pa.Table, name_of: Any) -> None:
