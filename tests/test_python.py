@@ -72,7 +72,7 @@ def test_a_stage_by_its_full_name_in_a_fresh_interpreter(tmp_path: Path) -> None
     )
     assert "UserError: config absent.yaml: no such file" in done.stderr.splitlines()[-1]
     with pytest.raises(ImportError, match="labels"):
-        from distill_ray.stages import labels  # type: ignore[attr-defined]  # noqa: F401
+        from distill_ray.stages import labels  # noqa: F401
     assert {"stages", "store"} <= set(distill_ray.__all__)
 
 
