@@ -126,10 +126,15 @@ def test_it_is_refused_before_a_given_teacher_is_copied(tmp_path: Path) -> None:
         "student": {"model": {"name": "mlp"}, "loss": {"name": "ce"}},
     }  # fmt: skip
     config = configs.from_dict(raw)
-    write_data(config, tmp_path, none)
+    write_data(config, tmp_path / "none", none)
+    write_data(config, tmp_path / "half", half)
     searched = configs.from_dict(raw | {"tune": {"space": {"loss.alpha": {"choice": [0.5, 0.9]}}}})
-    for wanted, told in ((config, "student.loss ce: learns from hard labels alone"), (searched, "gone.pt")):
-        context = context_of(tmp_path, wanted)
+    for wanted, out, told in (
+        (config, "none", "student.loss ce: learns from hard labels alone"),
+        (searched, "none", "gone.pt"),
+        (config, "half", "gone.pt"),
+    ):
+        context = context_of(tmp_path / out, wanted)
         context.session.start = lambda: [Node(2, 0)]  # type: ignore[method-assign]
         target = artifacts.stage(context.out, "teacher", {})
         with pytest.raises((UserError, FileNotFoundError), match=told):

@@ -152,7 +152,11 @@ def check_student(context: Context, data: Store) -> None:
     placement = placing.student(config.cluster, context.session.start(), 1)
     model_folder.check_model("student", data.data_manifest, config.student, placement)
     searched = config.tune.space if config.tune else {}
-    if not any(key.partition(".")[0] == "loss" for key in searched):  # else it is the trials' own that counts
+    if any(key.partition(".")[0] == "loss" for key in searched):  # it is the trials' own that counts
+        return
+    try:
+        student.check_loss(config.student.loss, labelled=False)
+    except UserError:  # only now are the labels looked for: where there are none, that reads every shard
         student.check_loss(config.student.loss, opening.has_labels(data, "train"))
 
 
