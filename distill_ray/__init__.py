@@ -6,11 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distill_ray import stages, store
     from distill_ray.models import load_model
     from distill_ray.stages.pipeline import run
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model", "run"]
+__all__ = ["__version__", "load_model", "run", "stages", "store"]
 
 
 def __getattr__(name: str) -> Any:

@@ -504,7 +504,7 @@ class TrainConfig(Section):
 
 
 class TeacherInput(Section):
-    """How a given teacher wants to see a stored row, where that is not the data's own input contract.
+    """How a given teacher sees a stored row, in numbers, as its folder holds them.
 
     In this order: one channel is repeated to ``channels``; ``(raw * scale - mean) / std`` per channel; images are
     resized to ``resize`` (height, width) with antialiasing.
@@ -516,6 +516,26 @@ class TeacherInput(Section):
     channels: int | None = setting(None, ge=1)
     resize: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = setting(None)
     interpolation: Literal["bilinear", "bicubic", "nearest"] = setting("bilinear")
+
+
+class TeacherInputWish(Section):
+    """``input`` of a given teacher: how it wants to see a stored row, see :class:`TeacherInput`.
+
+    ``scale``, ``mean`` and ``std`` that are not given are those of its own folder, where it is a finished one, else
+    those of the data (of a program that takes integers 1, 0 and 1: the rows' own numbers).
+    """
+
+    scale: float | None = setting(None, gt=0)
+    mean: tuple[float, ...] | None = setting(None, min_length=1)
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = setting(None, min_length=1)
+    channels: int | None = setting(None, ge=1)
+    resize: _Size | None = setting(None)
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = setting("bilinear")
+
+    def settled(self, base: InputConfig) -> TeacherInput:
+        """The contract in numbers; what is not given is taken from ``base``."""
+        numbers = {key: getattr(base, key) for key in ("scale", "mean", "std") if getattr(self, key) is None}
+        return TeacherInput.model_validate(self.model_dump(exclude=set(numbers)) | numbers)
 
 
 CheckpointFormat: TypeAlias = Literal["auto", "state_dict", "torchscript", "export", "onnx", "folder"]
@@ -539,7 +559,7 @@ class _Member(Section):
     key: str | None = setting(None, digest="not_at_default", min_length=1)
     output: OutputKind = setting("auto", digest="not_at_default")
     classes: ClassNames | None = setting(None, digest="not_at_default", min_length=2)
-    input: TeacherInput | None = setting(None, digest="not_at_default")
+    input: TeacherInputWish | None = setting(None, digest="not_at_default")
 
 
 class GivenTeacher(_Member):
@@ -618,7 +638,7 @@ class LabelsConfig(Section):
     Or logits that somebody computed already: ``from`` is a Parquet file or folder (a column ``by`` of ids, and a list
     column or one column a class), or a .npy array [rows, classes], with ``ids`` in a .npy file of its own or else in
     the order of the source's own rows, or with ``by: row_id`` of the row ids. ``output`` says what they are; ``auto``
-    looks at them.
+    looks at them. ``classes`` are the numbers of a row in order, where they are not the data's classes.
     """
 
     model_config = ConfigDict(populate_by_name=True)
@@ -631,11 +651,15 @@ class LabelsConfig(Section):
     ids: str | None = setting(None, digest="never", min_length=1)
     by: Literal["source_id", "row_id"] = setting("source_id", digest="not_at_default")
     output: OutputKind = setting("auto", digest="not_at_default")
+    classes: ClassNames | None = setting(None, digest="not_at_default", min_length=2)
 
     @model_validator(mode="after")
     def _of_imported_ones(self) -> LabelsConfig:
-        if self.from_ is None and (self.ids is not None or self.by != "source_id" or self.output != "auto"):
-            raise ValueError("ids, by and output describe labels that are read from a file: add from, or remove them")
+        described = [key for key in ("ids", "by", "output", "classes") if getattr(self, key) != _default(self, key)]
+        if self.from_ is None and described:
+            raise ValueError(
+                "ids, by, output and classes describe labels that are read from a file: add from, or remove them"
+            )
         return self
 
 

@@ -67,6 +67,7 @@ def test_overrides_reach_nested_keys_with_their_yaml_type(tmp_path: Path) -> Non
         (["name=../elsewhere"], ["name", "pattern"]),
         (["labels.views=4"], ["labels.views", "4"]),
         (["student.model=3"], ["student.model"]),
+        (["labels.classes=[a, b]"], ["labels", "ids, by, output and classes describe labels that are read"]),
         (["data={source: parquet, path: x}"], ["data.columns", "missing"]),
         (["data={source: parquet, path: x, columns: {inptu: a}}"], ["data.columns.inptu", "did you mean 'input'"]),
         (["data={source: parquet, path: x, columns: {input: [a, a]}}"], ["data.columns.input", "different names"]),

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from torch import nn
 from distill_ray import config as configs
 from distill_ray import metrics
 from distill_ray.config import Config, InputConfig, MlpModel, ModelConfig, TeacherInput
+from distill_ray.console import Reporter
 from distill_ray.errors import RunError, UserError
-from distill_ray.models import GivenSpec, ModelSpec, load_model, save_model
+from distill_ray.models import GivenSpec, ModelSpec, formats, load_model, save_model
 from distill_ray.models.formats import OnnxNet, detect, open_program
-from distill_ray.models.given import FLOOR, Member, check_kind, class_order, is_unclear, recognise, to_logits
+from distill_ray.models.given import FLOOR, Member, check_kind, class_order, recognise, to_logits, unclear, usable
 from distill_ray.models.weights import fill, read_state_dict
 from distill_ray.stages import given
 from distill_ray.stages.label import possible_precision
@@ -32,6 +34,7 @@ from distill_ray.store import Store
 from tests import stores
 from tests.harness import distill_ray, write_config
 from tests.object_store import BUCKET, object_store
+from tests.report_fixtures import context_of
 from tests.unlabelled import write_data
 
 SHAPE, CLASSES = stores.SHAPE, stores.CLASSES
@@ -85,21 +88,32 @@ def exported(net: nn.Module, rows: int | None = None, example: torch.Tensor | No
     return target.getvalue()
 
 
-def onnx_of(net: Net, rows: int | str = "rows") -> bytes:
-    """Built by hand: torch's own exporter needs more packages."""
+def onnx_of(net: Net, rows: int | str = "rows", takes: str = "FLOAT", labelled: bool = False) -> bytes:
+    """Built by hand: torch's own exporter needs more packages. ``labelled``: as classifiers of sklearn are converted,
+    the best class before the probabilities."""
     onnx = pytest.importorskip("onnx")
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     weights = {name.replace(".", "_"): tensor.numpy() for name, tensor in net.state_dict().items()}
     nodes = [
-        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Cast", ["x"], ["floats"], to=onnx.TensorProto.FLOAT),
+        helper.make_node("Flatten", ["floats"], ["flat"]),
         helper.make_node("Gemm", ["flat", "linears_0_weight", "linears_0_bias"], ["first"], transB=1),
         helper.make_node("Relu", ["first"], ["hidden"]),
         helper.make_node("Gemm", ["hidden", "linears_1_weight", "linears_1_bias"], ["scores"], transB=1),
     ]
     kind = onnx.TensorProto.FLOAT
+    outputs = [helper.make_tensor_value_info("scores", kind, [rows, CLASSES])]
+    if labelled:
+        nodes += [
+            helper.make_node("ArgMax", ["scores"], ["label"], axis=1, keepdims=0),
+            helper.make_node("Softmax", ["scores"], ["soft"], axis=1),
+        ]
+        outputs = [
+            helper.make_tensor_value_info("label", onnx.TensorProto.INT64, [rows]),
+            helper.make_tensor_value_info("soft", kind, [rows, CLASSES]),
+        ]
     graph = helper.make_graph(
-        nodes, "net", [helper.make_tensor_value_info("x", kind, [rows, *SHAPE])],
-        [helper.make_tensor_value_info("scores", kind, [rows, CLASSES])],
+        nodes, "net", [helper.make_tensor_value_info("x", getattr(onnx.TensorProto, takes), [rows, *SHAPE])], outputs,
         [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -185,6 +199,108 @@ def test_a_program_for_a_fixed_number_of_rows_runs_any(name: str, tmp_path: Path
             assert torch.allclose(program(x), net(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("takes", ["UINT8", "INT64"])
+def test_a_program_that_takes_integers_gets_the_rows_own_numbers(takes: str, data: Store, tmp_path: Path) -> None:
+    """Not ones that were normalised and then cut to -1, 0 and 1."""
+    pytest.importorskip("onnxruntime")
+    net, raw = net_of(), rows_of(data)
+    path = tmp_path / "t.onnx"
+    path.write_bytes(onnx_of(net, takes=takes))
+    loaded, notes, _ = made(config_of(checkpoint=str(path)), data, tmp_path / "folder")
+    with torch.no_grad():
+        assert torch.allclose(loaded(raw), net(raw.float()), rtol=1e-4, atol=1e-3)
+    assert notes == [f"{path}: takes {takes.lower()} numbers, those of the rows as they are"]
+    scaled = {"scale": 1.5, "mean": [0.0], "std": [1.0]}
+    loaded, notes, _ = made(config_of(checkpoint=str(path), input=scaled), data, tmp_path / "scaled")
+    seen = (raw.float() * 1.5).round()
+    with torch.no_grad():
+        expected = net(seen.clamp(0, 255) if takes == "UINT8" else seen)
+        assert torch.allclose(loaded(raw), expected, rtol=1e-4, atol=1e-3)
+    assert notes == []
+    config = config_of(checkpoint=str(path))
+    draft = given.collect(config, data.data_manifest, Folder.at(tmp_path / "folder"))
+    with pytest.raises(
+        UserError, match=r"teacher.input.scale: .*t.onnx takes .* numbers, and the data has float32: say"
+    ):
+        given.resolve_outputs(
+            config, draft.model_copy(update={"dtype": "float32"}), Folder.at(tmp_path / "folder"), data, CPU
+        )
+
+
+def test_an_onnx_classifier_that_gives_its_best_class_first(data: Store, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "t.onnx"
+    path.write_bytes(onnx_of(net_of(), labelled=True))
+    loaded, notes, _ = made(config_of(checkpoint=str(path)), data, tmp_path / "folder")
+    raw = rows_of(data)
+    with torch.no_grad():
+        assert torch.allclose(loaded(raw), net_of()(normalised(raw)).log_softmax(dim=1), atol=1e-4)
+    assert notes == [f"{path}: its outputs are probabilities (8 rows looked at)"]
+
+
+def test_which_output_of_an_onnx_model_holds_the_scores() -> None:
+    def output(name: str, kind: str, *shape: Any) -> SimpleNamespace:
+        return SimpleNamespace(name=name, type=kind, shape=list(shape))
+
+    label, whole = output("label", "tensor(int64)", "N"), output("whole", "tensor(int8)", "N", 5)
+    features, scores = output("features", "tensor(float)", "N", 8, 4, 4), output("scores", "tensor(float)", "N", 5)
+    logits, soft = output("logits", "tensor(float16)", "N", 5), output("probabilities", "tensor(float)", "N", 5)
+    mapped = output("output_probability", "seq(map(int64,tensor(float)))")
+    for outputs, chosen in (
+        ([label, scores], "scores"), ([features, scores], "scores"), ([features], "features"), ([whole], "whole"),
+        ([scores, logits], "logits"), ([scores, soft], "probabilities"), ([soft, logits], "logits"),
+    ):  # fmt: skip
+        assert formats._scores(outputs, "t.onnx") == chosen
+    with pytest.raises(UserError, match=r"t.onnx: none of its outputs \(label tensor\(int64\), .*zipmap=False"):
+        formats._scores([label, mapped], "t.onnx")
+
+
+def test_a_half_precision_script_gets_half_precision_rows(data: Store, tmp_path: Path) -> None:
+    path = tmp_path / "t.pt"
+    path.write_bytes(scripted(net_of().half(), torch.zeros(2, *SHAPE).half()))
+    loaded, _, _ = made(config_of(checkpoint=str(path)), data, tmp_path / "folder")
+    raw = rows_of(data)
+    with torch.no_grad():
+        assert torch.allclose(loaded(raw), net_of()(normalised(raw)), atol=5e-3)
+
+
+class Dropping(nn.Module):
+    """Own code that asks for dropout whatever the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net_of()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(nn.functional.dropout(x, 0.1))  # type: ignore[no-any-return]
+
+
+def with_batch_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: scripted(nn.Sequential(net_of(), nn.Dropout(0.1)).train()), "t.pt"),
+        (lambda: scripted(with_batch_norm().train()), "t.pt"),
+        (lambda: exported(with_batch_norm().train(), rows=4), "t.pt2"),
+        (lambda: scripted(Dropping().eval()), "t.pt"),
+    ],
+    ids=["dropout", "batch norm", "batch norm of a fixed batch", "own dropout"],
+)
+def test_a_network_in_train_mode_is_refused(make: Callable[[], bytes], name: str, data: Store, tmp_path: Path) -> None:
+    """Its labels would hang on chance, or on the rows that are labelled together."""
+    path = tmp_path / name
+    path.write_bytes(make())
+    config = config_of(checkpoint=str(path), **({"format": "export"} if name == "t.pt2" else {}))
+    with pytest.raises(UserError, match=r"teacher: its answer for a row depends on chance .* call eval\(\) before"):
+        made(config, data, tmp_path / "folder")
+    path.write_bytes(scripted(with_batch_norm().eval()))
+    made(config_of(checkpoint=str(path)), data, tmp_path / "other")
+
+
 def test_probabilities_are_recognised_said_and_become_logits(data: Store, tmp_path: Path) -> None:
     path = tmp_path / "t.pt"
     path.write_bytes(scripted(net_of(softmax=True)))
@@ -209,16 +325,29 @@ def test_recognise() -> None:
     assert recognise(logits.log_softmax(dim=1)) == "log_probabilities"
     assert recognise(torch.cat([logits.softmax(dim=1), logits])) == "logits"
     assert recognise(torch.tensor([[0.3, 0.4, 0.5]])) == "logits"  # within [0, 1], but not of sum 1
-    assert not is_unclear(torch.tensor([[0.3, 0.4, 0.5]]))
-    assert not is_unclear(logits)
-    assert not is_unclear(logits.softmax(dim=1))
+    assert unclear(logits) is None
+    assert unclear(logits.softmax(dim=1)) is None
+
+
+def test_outputs_of_sigmoids_are_asked_about(data: Store, tmp_path: Path) -> None:
+    """Within [0, 1], and no probabilities of one class: as logits they would differ by 1 nat at most."""
+    told = unclear(torch.tensor([[0.3, 0.4, 0.5], [0.9, 0.8, 0.1]]))
+    assert told is not None
+    assert "do not sum to 1" in told
+    path = tmp_path / "t.pt"
+    path.write_bytes(scripted(nn.Sequential(net_of(), nn.Sigmoid()).eval()))
+    with pytest.raises(UserError, match=r"teacher.output: .* as those of a sigmoid .* or say logits") as caught:
+        made(config_of(checkpoint=str(path)), data, tmp_path / "folder")
+    assert "\n" not in str(caught.value)
+    _, _, summary = made(config_of(checkpoint=str(path), output="logits"), data, tmp_path / "other")
+    assert summary["given"][0]["output"] == "logits"
 
 
 def test_rounded_probabilities_are_asked_about_and_taken_at_their_word() -> None:
     """Three decimals of ten classes: the sums are off by more than arithmetic explains."""
     soft = torch.tensor([[0.9164] + [0.0094] * 8 + [0.0084]]).round(decimals=3)
     assert abs(float(soft.sum()) - 1) > 1e-3
-    assert is_unclear(soft)
+    assert "if they were rounded" in (unclear(soft) or "")
     assert check_kind(soft, "probabilities") is None
     assert check_kind(torch.tensor([[0.5, 0.6]]), "probabilities") == 0
 
@@ -228,6 +357,25 @@ def test_a_probability_of_zero_gets_a_floor() -> None:
     assert torch.isfinite(logits).all()
     assert logits[0].tolist() == pytest.approx([0.0, np.log(FLOOR), np.log(FLOOR)], rel=1e-6)
     assert not torch.isfinite(to_logits(torch.tensor([[float("nan"), 1.0]]), "probabilities")).all()
+
+
+def test_the_logarithm_of_a_zero_gets_the_same_floor(data: Store, tmp_path: Path) -> None:
+    logs = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).log()
+    assert usable(logs, "auto").tolist() == usable(logs, "log_probabilities").tolist() == [True, True]
+    assert usable(logs, "logits").tolist() == usable(torch.cat([logs, logs + 1]), "auto").tolist()[:2] == [False, True]
+    assert to_logits(logs, recognise(logs))[0].tolist() == pytest.approx([0.0, np.log(FLOOR)], rel=1e-6)
+
+    class Sure(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            best = x.flatten(1)[:, :CLASSES].argmax(dim=1)
+            return nn.functional.one_hot(best, CLASSES).float().log()
+
+    path = tmp_path / "t.pt"
+    path.write_bytes(scripted(Sure().eval()))
+    loaded, notes, _ = made(config_of(checkpoint=str(path)), data, tmp_path / "folder")
+    assert notes == [f"{path}: its outputs are log-probabilities (8 rows looked at)"]
+    with torch.no_grad():
+        assert loaded(rows_of(data)).unique().tolist() == pytest.approx([np.log(FLOOR), 0.0], rel=1e-6)
 
 
 def test_classes_in_another_order_and_more_of_them(data: Store, tmp_path: Path) -> None:
@@ -246,6 +394,7 @@ def test_classes_in_another_order_and_more_of_them(data: Store, tmp_path: Path) 
     ("outputs", "width", "told"),
     [
         (None, 7, r"teacher: gives 7 numbers a row, the data has 5 classes: name its outputs in teacher.classes"),
+        (None, 1, r"teacher: gives 1 numbers a row, the data has 5 classes"),
         (tuple("abcd"), 5, r"teacher.classes: 4 names, but it gives 5 numbers a row"),
         (tuple("abcdd"), 5, r"teacher.classes: 'd' stands there twice"),
         (tuple("abcdx"), 5, r"teacher.classes: 'e' is a class of the data, but none of the teacher's \(1 such\)"),
@@ -254,6 +403,13 @@ def test_classes_in_another_order_and_more_of_them(data: Store, tmp_path: Path) 
 def test_other_classes_are_refused(outputs: tuple[str, ...] | None, width: int, told: str) -> None:
     with pytest.raises(UserError, match=told):
         class_order(outputs, width, NAMES, "teacher")
+
+
+def test_a_single_output_for_two_classes_is_told_what_can_be_done() -> None:
+    with pytest.raises(
+        UserError, match=r"let the network return two, \[0, z\] for its logit z of 'dog', or \[1 - p, p\]"
+    ):
+        class_order(None, 1, ("cat", "dog"), "teacher")
 
 
 def test_classes_in_the_same_order_are_left_alone() -> None:
@@ -284,12 +440,59 @@ def test_its_own_preprocessing(tmp_path: Path) -> None:
             Member(Look(), wrong, (2, 4, 4) if wrong.channels else SHAPE, "logits", None, ours=False)
 
 
+def test_what_its_input_leaves_out_is_the_datas(data: Store, tmp_path: Path) -> None:
+    """Not numbers that are said nowhere: a wish of a resize alone keeps the data's mean."""
+    theirs = InputConfig(scale=1.0, mean=(3.0,), std=(7.0,))
+    other = Store(data.folder, data.data_manifest.model_copy(update={"input": theirs}))
+    net, raw = net_of(), rows_of(data)
+    (tmp_path / "t.pt").write_bytes(scripted(net))
+    (tmp_path / "t.safetensors").write_bytes(save_tensors(dict(net.state_dict())))
+    for number, (given_input, seen) in enumerate(
+        [
+            ({"resize": [4, 4]}, (raw.float() - 3) / 7),
+            ({"mean": [2.0]}, (raw.float() - 2) / 7),
+            ({"std": [5.0], "scale": 0.5}, (raw.float() / 2 - 3) / 5),
+            ({"scale": 0.5, "mean": [1.0], "std": [2.0]}, (raw.float() / 2 - 1) / 2),
+        ]
+    ):  # fmt: skip
+        for name, model in (("t.pt", {}), ("t.safetensors", {"model": MLP})):
+            config = config_of(checkpoint=str(tmp_path / name), input=given_input, **model)
+            loaded, _, _ = made(config, other, tmp_path / f"{number}-{name}")
+            with torch.no_grad():
+                assert torch.allclose(loaded(raw), net(seen), atol=1e-3)
+
+
+def test_a_folder_of_another_shape_keeps_its_contract_where_it_is_resized(data: Store, tmp_path: Path) -> None:
+    """As the error says that refuses it without."""
+    spec = ModelSpec(
+        model=MlpModel.model_validate(MLP), input=InputConfig(scale=0.5, mean=(1.0,), std=(4.0,)), shape=(1, 2, 2),
+        dtype="uint8", classes=CLASSES, class_names=data.manifest.class_names,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    student = spec.build().eval()
+    save_model(Folder.at(tmp_path / "student"), spec, student.net.state_dict())
+    with pytest.raises(UserError, match=r"takes rows of \[1, 2, 2\], the data has \[1, 4, 4\]: give teacher.input"):
+        made(config_of(checkpoint=str(tmp_path / "student")), data, tmp_path / "folder")
+    config = config_of(checkpoint=str(tmp_path / "student"), input={"resize": [2, 2]})
+    loaded, _, _ = made(config, data, tmp_path / "folder")
+    small = nn.functional.interpolate(rows_of(data).float(), (2, 2), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        assert torch.allclose(loaded(rows_of(data)), student(small), atol=1e-4)
+
+
+def test_a_whole_input_still_names_the_same_folder() -> None:
+    whole = {"scale": 0.5, "mean": [0.1], "std": [0.2], "channels": 3, "resize": [8, 8]}
+    payload = configs.digest_payload(config_of(checkpoint="/t.pt", input=whole).teacher)
+    assert payload["input"] == {**whole, "interpolation": "bilinear"}
+
+
 @pytest.mark.parametrize("average", ["logits", "probabilities"])
 def test_an_ensemble_is_the_weighted_average(average: str, data: Store, tmp_path: Path) -> None:
     nets = [net_of(seed) for seed in range(2)]
     (tmp_path / "a.pt").write_bytes(scripted(nets[0]))
     (tmp_path / "b.safetensors").write_bytes(save_tensors(dict(nets[1].state_dict())))
-    members = [{"checkpoint": str(tmp_path / "a.pt")}, {"checkpoint": str(tmp_path / "b.safetensors"), "model": MLP}]
+    second = {"checkpoint": str(tmp_path / "b.safetensors"), "model": MLP, "output": "logits"}  # all within [0, 1]
+    members = [{"checkpoint": str(tmp_path / "a.pt")}, second]
     config = config_of(ensemble=members, weights=[3, 1], average=average)
     loaded, _, summary = made(config, data, tmp_path / "folder")
     raw = rows_of(data)
@@ -334,7 +537,7 @@ def test_the_pretrained_folder_that_named_its_architecture_is_not_needed_again(d
     path = tmp_path / "t.safetensors"
     path.write_bytes(save_tensors(dict(net.state_dict())))
     model = {"name": "transformers", "model": "vit", "pretrained": str(tmp_path / "vit")}
-    made(config_of(checkpoint=str(path), model=model), data, tmp_path / "folder")
+    made(config_of(checkpoint=str(path), model=model, output="logits"), data, tmp_path / "folder")
     shutil.rmtree(tmp_path / "vit")
     raw = rows_of(data)
     with torch.no_grad():
@@ -353,6 +556,26 @@ def test_the_accuracy_is_measured_and_compared_with_the_largest_class(data: Stor
         "accuracy": pytest.approx((best == labels).mean()), "rows": len(labels), "split": "test",
         "majority": pytest.approx(np.bincount(labels).max() / len(labels)),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "majority", "poor"),
+    [(0.48, 0.001, False), (0.9, 0.8, False), (0.82, 0.8, True), (0.25, 0.1, True), (0.62, 0.5, True), (1, 1, False)],
+)
+def test_poor_is_what_hardly_beats_the_largest_class(
+    accuracy: float, majority: float, poor: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not half of a thousand classes, nor nine tenths where eight are of one class."""
+    context = context_of(tmp_path)
+    context.reporter = Reporter(quiet=False)
+    measured = {"accuracy": accuracy, "rows": 9, "split": "test", "majority": majority}
+    given.tell(context, {"macro_f1": 0.1234, "measured": measured})
+    told = capsys.readouterr().err
+    assert f"accuracy {accuracy:.4f} on the 9 labelled rows" in told
+    assert "macro F1 0.1234" in told
+    assert ("that is poor" in told) == poor
+    given.tell(context, {"macro_f1": 0.1234, "measured": measured | {"split": "train"}})
+    assert "macro F1" not in capsys.readouterr().err  # it is that of the test split
 
 
 def test_an_onnx_teachers_latency_is_that_of_one_thread(

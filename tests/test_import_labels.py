@@ -18,6 +18,7 @@ import pytest
 from distill_ray import config as configs
 from distill_ray import logit_files
 from distill_ray.errors import UserError
+from distill_ray.placing import Node
 from distill_ray.sources import info_of, open_source
 from distill_ray.stages import import_labels, label, prepare, teacher
 from distill_ray.stages.context import Context
@@ -42,6 +43,7 @@ def out(tmp_path: Path) -> Path:
 def context(out: Path, **labels: Any) -> Context:
     made = context_of(out, configs.from_dict(RAW | {"labels": labels}))
     made.announce_ray = lambda ahead=None: None  # type: ignore[method-assign]  # nothing here needs Ray
+    made.session.start = lambda: [Node(2, 0)]  # type: ignore[method-assign]
     return made
 
 
@@ -140,12 +142,118 @@ def test_probabilities_are_recognised(out: Path, data: Store, tmp_path: Path) ->
         stored(context(out, **{"from": str(path)}))
 
 
+def test_a_column_says_its_class_by_its_name_or_its_number(out: Path, data: Store, tmp_path: Path) -> None:
+    """Whatever the order of the columns: logit_10 comes before logit_2 in a sorted table."""
+    names, logits = ids_of(data), values()
+    classes, confidence = data.manifest.class_names, {"confidence": logits[:, 0]}
+    by_name = {f"prob_{name}_raw": logits[:, c] for c, name in reversed(list(enumerate(classes)))}
+    by_number = {f"logit_{name}": logits[:, int(name)] for name in sorted(map(str, range(CLASSES)))}
+    from_one = {f"f{c + 1}": logits[:, c] for c in reversed(range(CLASSES))}
+    for columns in (by_name, by_number, from_one):
+        path = tmp_path / f"{next(iter(columns))}.parquet"
+        pq.write_table(pa.table({"source_id": names, **columns, **confidence}), path)
+        assert same(stored(context(out, **{"from": str(path)})), logits)
+    others = {f"other_{name}_raw": logits[:, c] for c, name in enumerate(classes)}
+    pq.write_table(pa.table({"source_id": names, **by_name, **others}), tmp_path / "two.parquet")
+    with refused(out, r"two.parquet: has several columns of floats for one class \(.*\): remove all but one"):
+        stored(context(out, **{"from": str(tmp_path / "two.parquet")}))
+    unnamed = {f"{'x' * (c + 1)}": logits[:, c] for c in range(CLASSES)}
+    pq.write_table(pa.table({"source_id": names, **unnamed}), tmp_path / "unnamed.parquet")
+    with refused(out, r"unnamed.parquet: has 62 columns of floats .* the data has 62 classes: name the columns as"):
+        stored(context(out, **{"from": str(tmp_path / "unnamed.parquet")}))
+    said = {"from": str(tmp_path / "unnamed.parquet"), "classes": list(classes[::-1])}
+    assert same(stored(context(out, **said)), logits[:, ::-1])
+
+
+def test_swapped_columns_of_two_classes() -> None:
+    schema = pa.schema([("id", pa.string()), ("prob_dog", pa.float32()), ("prob_cat", pa.float32())])
+    found = logit_files._columns(schema, "x", "id", logit_files.Outputs(("cat", "dog")))
+    assert found == ["prob_cat", "prob_dog"]
+
+
+def test_the_classes_of_a_row_may_be_said(out: Path, data: Store, tmp_path: Path) -> None:
+    """In another order, and more of them; they are part of what names the labels."""
+    names, logits = ids_of(data), values()
+    classes = data.manifest.class_names
+    wider = np.concatenate([logits[:, ::-1], np.full((310, 1), 2.0, np.float32)], axis=1)
+    said = [*classes[::-1], "none of them"]
+    soft = np.exp(wider) / np.exp(wider).sum(axis=1, keepdims=True)
+    np.save(tmp_path / "n.npy", wider)
+    parquet(tmp_path / "l.parquet", names, soft.astype(np.float32))
+    for labels in ({"from": str(tmp_path / "n.npy"), "by": "row_id"}, {"from": str(tmp_path / "l.parquet")}):
+        assert same(stored(context(out, **labels, classes=said)), logits)
+    for wrong, told in (
+        ([*said, "more"], r"n.npy: has 63 numbers a row, labels.classes names 64: give one number for each"),
+        (said[1:], rf"labels.classes: '{classes[-1]}' is a class of the data, but none"),
+        (None, r"n.npy: has 63 numbers a row, the data has 62 classes: .* or name what they stand for"),
+    ):
+        with refused(out, told):
+            rest = {} if wrong is None else {"classes": wrong}
+            stored(context(out, **{"from": str(tmp_path / "n.npy"), "by": "row_id"}, **rest))
+    config = configs.from_dict(RAW | {"labels": {"from": str(tmp_path / "n.npy")}})
+    stage = prepare.locate(config, Folder.at(out))
+    plain = import_labels.locate_teacher(config, Folder.at(out), stage).digest
+    config = configs.from_dict(RAW | {"labels": {"from": str(tmp_path / "n.npy"), "classes": said}})
+    assert import_labels.locate_teacher(config, Folder.at(out), stage).digest != plain
+
+
+def test_a_folder_may_hold_more_than_its_parquet_files(out: Path, data: Store, tmp_path: Path) -> None:
+    names, logits = ids_of(data), values()
+    (tmp_path / "set").mkdir()
+    parquet(tmp_path / "set" / "a.parquet", names[:100], logits[:100])
+    parquet(tmp_path / "set" / "b.PARQUET", names[100:], logits[100:])
+    (tmp_path / "set" / "README.md").write_text("Logits of a model.")
+    (tmp_path / "set" / "_SUCCESS").write_text("")
+    assert same(stored(context(out, **{"from": str(tmp_path / "set")})), logits)
+
+
+def test_the_logarithm_of_a_zero_is_a_label_where_all_are_logarithms(out: Path, data: Store, tmp_path: Path) -> None:
+    names = ids_of(data)
+    sure = np.eye(CLASSES, dtype=np.float32)[np.arange(310) % CLASSES]
+    with np.errstate(divide="ignore"):
+        logs = np.log(sure)
+    path = parquet(tmp_path / "l.parquet", names, logs)
+    floor = np.where(sure == 1, 0, np.log(np.finfo(np.float32).tiny)).astype(np.float32)
+    for output in ("auto", "log_probabilities"):
+        assert np.allclose(stored(context(out, **{"from": str(path), "output": output})), floor, atol=0.05)
+    with refused(out, rf"'{names[0]}' has a number that is not finite"):
+        stored(context(out, **{"from": str(path), "output": "logits"}))
+
+
+def test_the_outputs_of_sigmoids_are_asked_about(out: Path, data: Store, tmp_path: Path) -> None:
+    flat = (1 / (1 + np.exp(-values()))).astype(np.float32)
+    path = parquet(tmp_path / "l.parquet", ids_of(data), flat)
+    with refused(out, "labels.output: its outputs lie within .0, 1. and do not sum to 1, .* or say logits"):
+        stored(context(out, **{"from": str(path)}))
+    assert same(stored(context(out, **{"from": str(path), "output": "logits"})), flat)
+
+
+def test_a_student_that_cannot_be_trained_is_told_before_the_file_is_read(out: Path, tmp_path: Path) -> None:
+    path = tmp_path / "l.parquet"
+    path.write_bytes(b"no Parquet")
+    labels = {"from": str(path)}
+    write_data(configs.from_dict(RAW | {"labels": labels}), out, lambda split, ids: ids < 0)
+    made = context(out, **labels)
+    made.session.start = lambda: [Node(2, 0, 2**20)]  # type: ignore[method-assign]
+    with refused(out, "student.train.batch_size 128: a step takes at least"):
+        label.run(made)
+    for section, told in (
+        ({"loss": {"name": "ce"}}, "student.loss ce: learns from hard labels alone"),
+        ({}, "l.parquet: is no whole Parquet file"),
+    ):
+        made = context(out, **labels)
+        made.config = configs.from_dict(RAW | {"labels": labels, "student": RAW["student"] | section})
+        with refused(out, told):
+            label.run(made)
+
+
 @contextmanager
 def refused(out: Path, told: str) -> Any:
+    before = sorted(out.glob("artifacts/labels-*/manifest.json"))
     with pytest.raises(UserError, match=told) as caught:
         yield
     assert "\n" not in str(caught.value)
-    assert not list(out.glob("artifacts/labels-*/manifest.json"))
+    assert sorted(out.glob("artifacts/labels-*/manifest.json")) == before
 
 
 def test_partial_coverage_is_refused_with_counts_and_the_first_of_each(out: Path, data: Store, tmp_path: Path) -> None:
@@ -199,13 +307,14 @@ def test_numbers_that_cannot_be_read_are_told_by_file_column_and_row(out: Path, 
     parquet(tmp_path / "parts" / "0.parquet", names[:9], logits[:9])
     whole = [[int(number) for number in row] for row in logits]
     whole[200][3] = 2**24 + 1
+    outputs = logit_files.Outputs(data.manifest.class_names)
     for column, told in (
         ([["a"] * CLASSES] * 301, r"1.parquet: column 'logits' holds string, expected numbers: cast it to float32"),
         (whole[9:], rf"1.parquet: row 200 \(source_id '{names[200]}'\) has 16777217 \(int64\) in column 'logits', "),
     ):
         pq.write_table(pa.table({"source_id": names[9:], "logits": column}), path)
         with refused(out, told):
-            for _ in logit_files._read_parquet(str(tmp_path / "parts"), "source_id", data.manifest.class_names):
+            for _ in logit_files._read_parquet(str(tmp_path / "parts"), "source_id", outputs):
                 pass
     classes = list(data.manifest.class_names)
     columns: dict[str, Any] = {name: logits[:, c] for c, name in enumerate(classes)}
@@ -286,6 +395,8 @@ def test_a_file_that_is_not_there(out: Path, tmp_path: Path) -> None:
 def test_the_config_says_one_place_that_logits_come_from(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"labels.from and teacher: the logits come from one of them"):
         configs.from_dict(RAW | {"labels": {"from": "/x.npy"}, "teacher": {"model": {"name": "mlp"}}})
-    with pytest.raises(UserError, match=r"labels: ids, by and output describe labels that are read from a file"):
+    with pytest.raises(
+        UserError, match=r"labels: ids, by, output and classes describe labels that are read from a file"
+    ):
         configs.from_dict(RAW | {"labels": {"ids": "/x.npy"}, "teacher": {"model": {"name": "mlp"}}})
     assert Folder.at(tmp_path).names() == []

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import distill_ray
 from distill_ray import config as configs
 from distill_ray.errors import UserError
 from distill_ray.stages import prepare
@@ -61,6 +62,18 @@ def test_several_runs_in_one_process_that_leave_it_as_it_was(tmp_path: Path) -> 
     assert statuses[0][3:] == [("student", "ran"), ("student", "ran")]
     assert statuses[1][3:] == [("student", "ran"), ("student", "reused")]  # one control for both
     assert all(0 < accuracy <= 1 for accuracy in answer["accuracies"])
+
+
+def test_a_stage_by_its_full_name_in_a_fresh_interpreter(tmp_path: Path) -> None:
+    """With nothing imported but the package."""
+    code = "import distill_ray; distill_ray.stages.label.run('absent.yaml')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment(), cwd=tmp_path
+    )
+    assert "UserError: config absent.yaml: no such file" in done.stderr.splitlines()[-1]
+    with pytest.raises(ImportError, match="labels"):
+        from distill_ray.stages import labels  # noqa: F401
+    assert {"stages", "store"} <= set(distill_ray.__all__)
 
 
 def test_a_config_that_is_wrong_is_an_exception_with_the_commands_line(tmp_path: Path) -> None:

@@ -22,13 +22,15 @@ from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfi
 from distill_ray.errors import UserError
 from distill_ray.metrics import ValidationMetrics
 from distill_ray.models import ModelSpec
-from distill_ray.stages import opening, student
+from distill_ray.placing import Node
+from distill_ray.stages import given, opening, prepare, student
 from distill_ray.stages import teacher as teacher_stage
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, Store
 from distill_ray.training import FitSpec, Worker, fit
 from tests.harness import distill_ray, distill_ray_in, only, write_config
 from tests.own_code import write_package
+from tests.report_fixtures import context_of
 from tests.unlabelled import Ids, write_data
 
 CLASSES = 4
@@ -115,6 +117,28 @@ def test_a_loss_that_learns_from_labels_alone_is_refused_without_any() -> None:
         with pytest.raises(UserError, match=r"student.loss (ce|kd with alpha 0): learns from hard labels alone"):
             student.check_loss(loss, labelled=False)
     student.check_loss(KdLoss(name="kd", alpha=0.5), labelled=False)  # its CE part is 0
+
+
+def test_it_is_refused_before_a_given_teacher_is_copied(tmp_path: Path) -> None:
+    """Not after hours of labelling; a search that looks for its loss has one of its own."""
+    raw = {
+        "name": "r", "data": {"source": "glyph62", "rows": 310}, "teacher": {"checkpoint": str(tmp_path / "gone.pt")},
+        "student": {"model": {"name": "mlp"}, "loss": {"name": "ce"}},
+    }  # fmt: skip
+    config = configs.from_dict(raw)
+    write_data(config, tmp_path / "none", none)
+    write_data(config, tmp_path / "half", half)
+    searched = configs.from_dict(raw | {"tune": {"space": {"loss.alpha": {"choice": [0.5, 0.9]}}}})
+    for wanted, out, told in (
+        (config, "none", "student.loss ce: learns from hard labels alone"),
+        (searched, "none", "gone.pt"),
+        (config, "half", "gone.pt"),
+    ):
+        context = context_of(tmp_path / out, wanted)
+        context.session.start = lambda: [Node(2, 0)]  # type: ignore[method-assign]
+        target = artifacts.stage(context.out, "teacher", {})
+        with pytest.raises((UserError, FileNotFoundError), match=told):
+            given.make(context, prepare.locate(wanted, context.out), target)
 
 
 # --- through the real command ---------------------------------------------------------------------------------------

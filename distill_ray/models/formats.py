@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -72,8 +72,23 @@ def open_program(data: bytes, kind: str, place: str) -> nn.Module:
     return makers[kind](data, place)
 
 
+def integers_of(net: nn.Module) -> torch.dtype | None:
+    """The dtype of the integers that a program takes; None where it takes floats, or is no program."""
+    dtype = getattr(net, "input_dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) and not dtype.is_floating_point else None
+
+
+def _cast(rows: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Rows in the dtype that a program takes: rounded for integers, and bytes kept in their range."""
+    if dtype is None or dtype == rows.dtype:
+        return rows
+    if not dtype.is_floating_point:
+        rows = rows.round()
+    return rows.clamp(0, 255).to(dtype) if dtype == torch.uint8 else rows.to(dtype)
+
+
 class ScriptNet(nn.Module):
-    """A TorchScript file."""
+    """A TorchScript file, given inputs of the dtype of its first weight."""
 
     def __init__(self, data: bytes, place: str) -> None:
         super().__init__()
@@ -83,10 +98,12 @@ class ScriptNet(nn.Module):
                 self.script = torch.jit.load(io.BytesIO(data), map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{place}: is no whole TorchScript file ({line_of(error)[:200]}): {FETCH}") from None
+        dtypes = [weight.dtype for weight in self.script.parameters()]
+        self.input_dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), None)
 
     def forward(self, x: Tensor) -> Any:
         """As the file has it."""
-        return self.script(x)
+        return self.script(_cast(x, self.input_dtype))
 
 
 class ExportedNet(nn.Module):
@@ -109,13 +126,13 @@ class ExportedNet(nn.Module):
         tensors = [*program.state_dict.values(), *program.constants.values()]
         self._device = next((t.device for t in tensors if isinstance(t, Tensor)), torch.device("cpu"))
         example = _first_input(program)
-        self._dtype = None if example is None else example.dtype
+        self.input_dtype = None if example is None else example.dtype
         fixed = None if example is None else example.shape[0]
         self._batch = fixed if isinstance(fixed, int) else None
 
     def forward(self, x: Tensor) -> Any:
         """As the program has it; where it was exported for a fixed number of rows, so many at a time."""
-        rows = x.to(self._device, self._dtype or x.dtype)
+        rows = _cast(x.to(self._device), self.input_dtype)
         return _in_batches(rows, self._batch, self._held[0]).to(x.device)
 
 
@@ -165,25 +182,47 @@ class OnnxNet(nn.Module):
             raise UserError(f"{place}: has {len(session.get_inputs())} inputs ({names}), a classifier has one")
         entry = session.get_inputs()[0]
         self._session, self._name = [session], entry.name
-        outputs = [output.name for output in session.get_outputs()]
-        self._output = "logits" if "logits" in outputs else outputs[0]
-        self._dtype = _ONNX_DTYPES.get(entry.type, torch.float32)
+        self._output = _scores(session.get_outputs(), place)
+        self.input_dtype = _ONNX_DTYPES.get(entry.type, torch.float32)
         self._batch = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else None
 
     def forward(self, x: Tensor) -> Any:
-        """The output called logits, or else the first."""
+        """The output that holds a number for each class."""
 
         def run(rows: Tensor) -> Any:
             answer = self._session[0].run([self._output], {self._name: rows.numpy()})[0]
             return torch.from_numpy(answer)
 
-        return _in_batches(x.detach().cpu().to(self._dtype).contiguous(), self._batch, run).to(x.device)
+        return _in_batches(_cast(x.detach().cpu(), self.input_dtype).contiguous(), self._batch, run).to(x.device)
+
+
+def _scores(outputs: Sequence[Any], place: str) -> str:
+    """The output with a number for each class: called logits or probabilities, or else the first one of floats.
+
+    Classifiers that sklearn or a boosting library made have the best class itself as their first output.
+
+    Raises:
+        UserError: there is none.
+    """
+    floats = [entry for entry in outputs if _ONNX_DTYPES.get(entry.type, torch.uint8).is_floating_point]
+    named = [entry for name in ("logits", "probabilities") for entry in floats if entry.name == name]
+    tables = [entry for entry in floats if len(entry.shape or ()) == 2]
+    alone = [entry for entry in outputs if len(outputs) == 1 and entry.type in _ONNX_DTYPES]  # integers, perhaps
+    chosen = next(iter((*named, *tables, *floats, *alone)), None)
+    if chosen is None:
+        held = ", ".join(f"{entry.name} {entry.type}" for entry in outputs)
+        raise UserError(
+            f"{place}: none of its outputs ({held}) is a tensor of scores [rows, classes]: convert it so that one is "
+            "(zipmap=False of skl2onnx and onnxmltools)"
+        )
+    return str(chosen.name)
 
 
 _EXTERNAL = b"\x0a\x08location\x12"  # protobuf: an entry of a tensor's external_data
 _ONNX_DTYPES = {
     "tensor(float)": torch.float32, "tensor(float16)": torch.float16, "tensor(double)": torch.float64,
-    "tensor(uint8)": torch.uint8, "tensor(int32)": torch.int32, "tensor(int64)": torch.int64,
+    "tensor(uint8)": torch.uint8, "tensor(int8)": torch.int8, "tensor(int32)": torch.int32,
+    "tensor(int64)": torch.int64,
 }  # fmt: skip
 PROGRAMS = (ScriptNet, ExportedNet, OnnxNet)
 

@@ -11,6 +11,7 @@ Shapes: B rows, W outputs of one network, C classes of the data.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -27,10 +28,15 @@ from distill_ray.models.weights import fill, read_state_dict
 from distill_ray.storage import Folder
 
 FLOOR = torch.finfo(torch.float32).tiny  # of a probability before its logarithm: -87.3 nats
+RAW = InputConfig(scale=1, mean=(0.0,), std=(1.0,))  # a contract that leaves the rows' numbers as they are
 _SUM_TOLERANCE = 1e-3  # what is recognised as probabilities: float16 does not sum to 1 exactly
 _ROUNDED = 5e-4  # of each of them, where they were written with three decimals and are said to be probabilities
 _NEAR = 0.05  # of sums that may be meant to be 1
-UNCLEAR = "its outputs lie within [0, 1] and sum to nearly 1: say probabilities, if they were rounded, or logits"
+_ROUNDED_ONES = "its outputs lie within [0, 1] and sum to nearly 1: say probabilities, if they were rounded, or logits"
+_SIGMOIDS = (
+    "its outputs lie within [0, 1] and do not sum to 1, as those of a sigmoid for each class, which taken for logits "
+    "make nearly flat labels: give what comes before the sigmoid, or say logits if they are logits"
+)
 MemberFormat = Literal["state_dict", "torchscript", "export", "onnx"]
 
 
@@ -208,23 +214,38 @@ class GivenNet(nn.Module):
 
 def to_logits(answer_BW: Tensor, output: OutputKind) -> Tensor:
     """Logits of what a network returns; log-probabilities are logits already. A probability of 0 becomes the floor."""
-    return answer_BW.float().clamp(min=FLOOR).log() if output == "probabilities" else answer_BW.float()
+    if output == "probabilities":
+        return answer_BW.float().clamp(min=FLOOR).log()
+    values = answer_BW.float()
+    return values.masked_fill(values == -math.inf, math.log(FLOOR)) if output == "log_probabilities" else values
+
+
+def usable(answer_BW: Tensor, output: OutputKind) -> Tensor:
+    """By row [B], whether its numbers make a label: finite ones, and the logarithm of a probability of 0."""
+    finite_B = torch.isfinite(answer_BW).all(dim=1)
+    kind = recognise(answer_BW) if output == "auto" and not bool(finite_B.all()) else output
+    return finite_B | is_log_probabilities(answer_BW) if kind == "log_probabilities" else finite_B
 
 
 def recognise(answer_BW: Tensor) -> Literal["logits", "probabilities", "log_probabilities"]:
-    """What finite outputs are, by looking: probabilities lie in [0, 1] and sum to 1 in every row, their logs so too."""
+    """What outputs are, by looking: probabilities lie in [0, 1] and sum to 1 in every row, their logs so too."""
     values = answer_BW.double()
     if bool((values >= 0).all() and (values <= 1 + _SUM_TOLERANCE).all() and _sums_to_one(values).all()):
         return "probabilities"
     return "log_probabilities" if is_log_probabilities(values).all() else "logits"
 
 
-def is_unclear(answer_BW: Tensor) -> bool:
-    """Whether outputs are nearly probabilities: rounded ones, taken for logits, would be nearly flat labels."""
+def unclear(answer_BW: Tensor) -> str | None:
+    """What is to be said of outputs that might be probabilities and are none; None where it is clear what they are.
+
+    Rounded probabilities, and a sigmoid's, taken for logits would be nearly flat labels.
+    """
     values = answer_BW.double()
     within = bool((values >= 0).all() and (values <= 1 + _SUM_TOLERANCE).all())
+    if not within or bool(_sums_to_one(values).all()):
+        return None
     near = bool(_sums_to_one(values, _NEAR + _ROUNDED * values.shape[1]).all())
-    return within and near and not bool(_sums_to_one(values).all())
+    return _ROUNDED_ONES if near else _SIGMOIDS
 
 
 def is_log_probabilities(values_BW: Tensor) -> Tensor:
@@ -261,6 +282,11 @@ def class_order(outputs: Sequence[str] | None, width: int, class_names: Sequence
         UserError: there are other classes, or another number of them, and no map that explains it.
     """
     if outputs is None:
+        if width == 1 and len(class_names) == 2:
+            raise UserError(
+                f"{key}: gives 1 number a row, the data has 2 classes: let the network return two, [0, z] for its "
+                f"logit z of {class_names[1]!r}, or [1 - p, p] for its probability p"
+            )
         if width != len(class_names):
             raise UserError(
                 f"{key}: gives {width} numbers a row, the data has {len(class_names)} classes: name its outputs in "

@@ -15,7 +15,7 @@ from typing import Any
 
 from distill_ray import placing, runtime, usercode
 from distill_ray.artifacts import SPEC_FILE, SUMMARY_FILE, WEIGHTS_FILE, Stage
-from distill_ray.config import Config, GivenTeacher, ImportedModel, InputConfig, TeacherInput, from_dict, to_dict
+from distill_ray.config import Config, GivenTeacher, ImportedModel, TeacherInput, TeacherInputWish, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.stages import opening
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
@@ -24,7 +24,10 @@ from distill_ray.store import DataManifest, SplitArrays, Store, read_shards
 
 _SAMPLE_ROWS = 256  # that tell what the outputs are
 _MEASURED_ROWS = 4096  # of another split, where the test split has no labels
-_POOR_ACCURACY, _POOR_RATIO = 0.5, 1.5
+_COMPANY_ROWS = 16  # that run together, the second time
+_COMPANY_SLACK = 0.02  # of the answers' spread: batches of another size round otherwise, in bf16 by nearly 1 %
+_COMPANY_LEAST = 1e-3  # of the largest answer: the least spread that differences are compared with
+_GOOD_SHARE = 0.3  # of the way from the largest class's share to 1
 _SUFFIXES = {"state_dict": "safetensors", "torchscript": "pt", "export": "pt2", "onnx": "onnx"}
 
 
@@ -107,12 +110,9 @@ def make(context: Context, data: Stage, target: Stage, is_same: Callable[[], boo
     """
     import ray
 
-    from distill_ray.stages import model_folder
-
     nodes = context.session.start()
     source = opening.data_store(context.config, data)
-    model_folder.check_model("student", source.data_manifest, context.config.student, placing.student(
-        context.config.cluster, nodes, 1))  # fmt: skip
+    check_student(context, source)
     draft = collect(context.config, source.data_manifest, target.folder)
     if not is_same():
         raise RunError("teacher.checkpoint: its content changed while it was read: the same command takes it anew")
@@ -140,6 +140,26 @@ def make(context: Context, data: Stage, target: Stage, is_same: Callable[[], boo
     context.tracker.finish(key, summary)
 
 
+def check_student(context: Context, data: Store) -> None:
+    """Refuse now, not after hours of labelling, a student that cannot be made or would have nothing to learn from.
+
+    Raises:
+        UserError: its network or its batch does not fit, or its loss learns from labels that are not there.
+    """
+    from distill_ray.stages import model_folder, student
+
+    config = context.config
+    placement = placing.student(config.cluster, context.session.start(), 1)
+    model_folder.check_model("student", data.data_manifest, config.student, placement)
+    searched = config.tune.space if config.tune else {}
+    if any(key.partition(".")[0] == "loss" for key in searched):  # it is the trials' own that counts
+        return
+    try:
+        student.check_loss(config.student.loss, labelled=False)
+    except UserError:  # only now are the labels looked for: where there are none, that reads every shard
+        student.check_loss(config.student.loss, opening.has_labels(data, "train"))
+
+
 def tell(context: Context, summary: dict[str, Any]) -> None:
     """The accuracy of a teacher that was not trained here; a warning where it is poor."""
     found = summary["measured"]
@@ -150,7 +170,9 @@ def tell(context: Context, summary: dict[str, Any]) -> None:
         f"teacher: accuracy {found['accuracy']:.4f} on the {found['rows']:,} labelled rows looked at "
         f"({found['split']} split); the largest class is {found['majority']:.4f} of them"
     )
-    if found["accuracy"] < max(_POOR_ACCURACY, _POOR_RATIO * found["majority"]):
+    if found["split"] == "test":  # where it is measured, too
+        text += f", macro F1 {summary['macro_f1']:.4f}"
+    if found["accuracy"] < found["majority"] + _GOOD_SHARE * (1 - found["majority"]):
         context.reporter.warn(
             f"{text}: that is poor, mostly by other preprocessing than it was trained with (teacher.input), or "
             "another order of its classes (teacher.classes)"
@@ -182,8 +204,9 @@ def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, 
     source, name = _file(member.checkpoint)
     place = source.location(name)
     content = source.read_bytes(name)
+    contract = None if member.input is None else member.input.settled(data.input)
     if source == Folder.at(member.checkpoint):  # a folder, not the file in it
-        member = _of_folder(key, member, source, data)
+        member, contract = _of_folder(key, member, source, data)
     kind = formats.detect(content, place) if member.format in ("auto", "folder") else member.format
     if kind == "export" and member.format != "export":
         raise UserError(
@@ -193,7 +216,7 @@ def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, 
     if kind == "state_dict":
         if member.model is None:
             raise UserError(f"{key}.model: is missing: {place} holds weights alone, and they need their network")
-        content = _fitting(key, member, data, content, place)
+        content = _fitting(key, member, contract or TeacherInputWish().settled(data.input), data, content, place)
     elif member.model is not None or member.key is not None:
         what = "model" if member.model is not None else "key"
         raise UserError(f"{key}.{what}: {place} is a {kind} file, which is a whole network: remove {what}")
@@ -202,7 +225,7 @@ def _collected(key: str, number: int, member: GivenTeacher, data: DataManifest, 
     return GivenMember(
         file=file, bytes=len(content), sha256=hashlib.sha256(content).hexdigest(), format=kind,
         model=None if member.model is None else foreign.bare(member.model, f"{key}.model"),
-        input=member.input, output=member.output, width=_width(member, data),
+        input=contract, output=member.output, width=_width(member, data),
         order=None if member.classes is None else _order(key, member, data),
     )  # fmt: skip
 
@@ -220,8 +243,8 @@ def _order(key: str, member: GivenTeacher, data: DataManifest) -> tuple[int, ...
     return tuple(range(len(names))) if found is None else tuple(found)
 
 
-def _of_folder(key: str, member: GivenTeacher, folder: Folder, data: DataManifest) -> GivenTeacher:
-    """What the model.json of a finished teacher or student says, where the config does not."""
+def _of_folder(key: str, member: GivenTeacher, folder: Folder, data: DataManifest) -> tuple[GivenTeacher, TeacherInput]:
+    """What the model.json of a finished teacher or student says, where the config does not; and its contract."""
     from distill_ray.models import ModelSpec, read_spec
 
     spec = read_spec(folder)
@@ -234,28 +257,20 @@ def _of_folder(key: str, member: GivenTeacher, folder: Folder, data: DataManifes
         )
     if isinstance(spec.model, ImportedModel) and member.model is None:
         raise UserError(f"{key}.checkpoint {folder}: its model.json names code: give {key}.model with its import path")
-    contract = TeacherInput(scale=spec.input.scale, mean=spec.input.mean, std=spec.input.std)
-    known = {
-        "model": member.model or spec.model,
-        "input": member.input or contract,
-        "classes": member.classes or spec.class_names,
-    }
-    return member.model_copy(update=known)
+    known = {"model": member.model or spec.model, "classes": member.classes or spec.class_names}
+    return member.model_copy(update=known), (member.input or TeacherInputWish()).settled(spec.input)
 
 
-def _fitting(key: str, member: GivenTeacher, data: DataManifest, content: bytes, place: str) -> bytes:
+def _fitting(
+    key: str, member: GivenTeacher, contract: TeacherInput, data: DataManifest, content: bytes, place: str
+) -> bytes:
     """The weights of a state dict as safetensors, once they are seen to fit the model."""
     from distill_ray.models.given import build_given
     from distill_ray.models.saved import to_safetensors
     from distill_ray.models.weights import fill, read_state_dict
 
-    contract = member.input or _as_teacher_input(data.input)
     net = build_given(member.model, contract, data.shape, _width(member, data), f"{key}.model")
     return to_safetensors(fill(net, read_state_dict(content, place, member.key), place))
-
-
-def _as_teacher_input(contract: InputConfig) -> TeacherInput:
-    return TeacherInput(scale=contract.scale, mean=contract.mean, std=contract.std)
 
 
 # --- on a worker ----------------------------------------------------------------------------------------------------
@@ -298,14 +313,16 @@ def resolve_outputs(config: Config, draft: Any, folder: Folder, data: Store, dev
     record = data.manifest.splits["train"].shards[0]
     shard = data.data_shard(record)
     rows = torch.from_numpy(shard.inputs[:_SAMPLE_ROWS].copy())  # the shard is mapped read-only
-    network = draft.open(folder).to(device)
-    members, notes = [], []
-    for (key, asked), member, module in zip(keyed(config), draft.members, network.members, strict=True):
-        output = _sampled(module, rows.to(device), key)
+    rows = rows.to(device)
+    draft, network, notes = _opened(config, draft, folder)
+    members = []
+    for (key, asked), member, module in zip(keyed(config), draft.members, network.to(device).members, strict=True):
+        output = _sampled(module, rows, key)
         width = output.shape[1]
         if member.order is None or asked.classes is not None:
             _check_width(asked, width, data.manifest.class_names, key)
         kind = _kind(output, asked, shard.row_ids, key)
+        _require_same(module, rows, output, kind, key)
         if kind != "logits":
             notes.append(f"{asked.checkpoint}: its outputs are {kind.replace('_', '-')} ({len(rows)} rows looked at)")
         if member.order is not None and len(member.order) < width:
@@ -313,6 +330,58 @@ def resolve_outputs(config: Config, draft: Any, folder: Folder, data: Store, dev
         order = None if member.order == tuple(range(width)) else member.order
         members.append(member.model_copy(update={"output": kind, "order": order}))
     return draft.model_copy(update={"members": tuple(members)}), notes
+
+
+def _opened(config: Config, draft: Any, folder: Folder) -> tuple[Any, Any, list[str]]:
+    """``draft`` and its networks, where programs that take integers get the numbers of the rows as they are, unless
+    the config says others; and what there is to tell of it."""
+    from distill_ray.models import formats
+    from distill_ray.models.given import RAW
+
+    network = draft.open(folder)
+    members, notes = [], []
+    for (key, asked), member, module in zip(keyed(config), draft.members, network.members, strict=True):
+        contract = member.input
+        if (dtype := formats.integers_of(module.net)) is not None:
+            wish = asked.input or TeacherInputWish()
+            contract = wish.settled(RAW)
+            name = str(dtype).removeprefix("torch.")
+            if wish.scale is None and draft.dtype.startswith("float"):
+                raise UserError(
+                    f"{key}.input.scale: {asked.checkpoint} takes {name} numbers, and the data has {draft.dtype}: say "
+                    "the scale that makes such of them"
+                )
+            if None in (wish.scale, wish.mean, wish.std):
+                notes.append(f"{asked.checkpoint}: takes {name} numbers, those of the rows as they are")
+        members.append(member.model_copy(update={"input": contract}))
+    if tuple(members) == draft.members:
+        return draft, network, notes
+    draft = draft.model_copy(update={"members": tuple(members)})
+    return draft, draft.open(folder), notes
+
+
+def _require_same(module: Any, rows: Any, output: Any, kind: str, key: str) -> None:
+    """Refuse a network that answers a row by chance, or by the rows beside it: few of them run again together.
+
+    Probabilities are compared as such: their logarithms differ much where they hardly differ.
+    """
+    import torch
+
+    parts = max(2, len(rows) // _COMPANY_ROWS) if len(rows) > 3 else 1
+    again = torch.empty_like(output)
+    for part in range(parts):
+        again[part::parts] = _sampled(module, rows[part::parts], key)
+    if kind == "log_probabilities":
+        output, again = output.exp(), again.exp()
+    spread = (output - output.mean(dim=0)).double().square().mean().sqrt()
+    least = _COMPANY_LEAST * output.double().abs().max() + torch.finfo(torch.float32).tiny
+    share = float((again - output).double().square().mean().sqrt() / torch.maximum(spread, least))
+    if not share <= _COMPANY_SLACK:
+        raise UserError(
+            f"{key}: its answer for a row depends on chance or on the rows beside it (run again in other company the "
+            f"answers differ by {share:.0%} of their spread), as with dropout or batch norm in train mode, or dynamic "
+            "quantization: call eval() before the network is traced or exported"
+        )
 
 
 def _sampled(module: Any, rows: Any, key: str) -> Any:
@@ -346,17 +415,17 @@ def _check_width(asked: GivenTeacher, width: int, class_names: Sequence[str], ke
 def _kind(output: Any, asked: GivenTeacher, row_ids: Any, key: str) -> str:
     import torch
 
-    from distill_ray.models.given import UNCLEAR, check_kind, is_unclear, recognise
+    from distill_ray.models.given import check_kind, recognise, unclear, usable
 
-    bad = torch.nonzero(~torch.isfinite(output).all(dim=1))
+    bad = torch.nonzero(~usable(output, asked.output))
     if len(bad):
         raise RunError(
             f"{key}: gives a number that is not finite for row {int(row_ids[int(bad[0])])} "
             f"({len(bad)} of {len(output)} rows): its weights are bad, or its input overflows: check teacher.input"
         )
     if asked.output == "auto":
-        if is_unclear(output):
-            raise UserError(f"{key}.output: {UNCLEAR}")
+        if (doubt := unclear(output)) is not None:
+            raise UserError(f"{key}.output: {doubt}")
         return recognise(output)
     wrong = check_kind(output, asked.output)
     if wrong is not None:

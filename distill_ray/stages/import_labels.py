@@ -23,7 +23,7 @@ from distill_ray import __version__, artifacts, logit_files
 from distill_ray.artifacts import SUMMARY_FILE, Stage
 from distill_ray.config import Config
 from distill_ray.errors import UserError
-from distill_ray.logit_files import LogitBatch
+from distill_ray.logit_files import LogitBatch, Outputs
 from distill_ray.stages import opening
 from distill_ray.stages.context import Context, config_section, tracking_id, write_stage_config
 from distill_ray.stages.shard_job import commit
@@ -40,18 +40,25 @@ def locate_teacher(config: Config, out: Folder, data: Stage) -> Stage:
     labels = config.labels
     assert labels.from_ is not None
     ids = None if labels.ids is None else logit_files.fingerprint(labels.ids)
-    payload = {
+    payload: dict[str, Any] = {
         "imported": logit_files.fingerprint(labels.from_), "ids": ids, "by": labels.by, "output": labels.output,
         "data": data.digest,
     }  # fmt: skip
+    if labels.classes is not None:
+        payload["classes"] = labels.classes
     return artifacts.stage(out, "teacher", payload)
 
 
 def make_teacher(context: Context, data: Stage, target: Stage) -> None:
-    """Read the logits once, and write down how good they are."""
+    """Read the logits once, and write down how good they are.
+
+    Raises:
+        UserError: they are not one row of logits for each row of the data, or the student cannot be trained.
+    """
     from distill_ray.stages import given
 
     store = opening.data_store(context.config, data)
+    given.check_student(context, store)
     with _placed(context, store) as placed:
         summary = _summary(context.config, store, placed)
     write_stage_config(target, config_section(context.config, "labels"), {"output": placed.kind})
@@ -136,6 +143,7 @@ class _Placed:
     seen: npt.NDArray[np.bool_]
     best: npt.NDArray[np.int64]
     kind: str
+    order: list[int] | None  # which number of a row of the file is each class's; None: they are the classes
     double: int = 0
     unknown: int = 0
     first: dict[str, Any] = field(default_factory=dict)
@@ -172,15 +180,20 @@ def _placed(context: Context, store: Store) -> Iterator[_Placed]:
     Raises:
         UserError: rows are missing, double or unknown (how many, and the first of each), or not finite.
     """
+    from distill_ray.models.given import class_order
+
     labels, manifest = context.config.labels, store.manifest
     assert labels.from_ is not None
+    names = labels.classes or manifest.class_names
+    order = class_order(names, len(names), manifest.class_names, "labels")
+    outputs = Outputs(tuple(names), said=labels.classes is not None)
     shape = (manifest.rows, manifest.classes)
     places = _Places.of(context.config, store)
     with _scratch(shape, context.out) as array, context.reporter.progress("import", manifest.rows) as bar:
-        placed = _Placed(array, np.zeros(shape[0], np.bool_), np.full(shape[0], -1, np.int64), labels.output)
-        for batch in logit_files.read(labels.from_, labels.ids, labels.by, manifest.class_names):
-            names = places.names(batch)
-            placed.put(places.rows(batch), _as_logits(placed, batch, names, labels.from_), names)
+        placed = _Placed(array, np.zeros(shape[0], np.bool_), np.full(shape[0], -1, np.int64), labels.output, order)
+        for batch in logit_files.read(labels.from_, labels.ids, labels.by, outputs):
+            ids = places.names(batch)
+            placed.put(places.rows(batch), _as_logits(placed, batch, ids, labels.from_), ids)
             bar.update(min(batch.first + len(batch.values), manifest.rows), "rows read")
         _require_coverage(placed, places, labels.from_)
         yield placed
@@ -212,15 +225,15 @@ def _scratch(shape: tuple[int, int], out: Folder) -> Iterator[npt.NDArray[np.flo
 def _as_logits(placed: _Placed, batch: LogitBatch, names: Any, location: str) -> npt.NDArray[np.float32]:
     import torch
 
-    from distill_ray.models.given import UNCLEAR, check_kind, is_unclear, recognise, to_logits
+    from distill_ray.models.given import check_kind, recognise, to_logits, unclear, usable
 
-    bad = np.flatnonzero(~np.isfinite(batch.values).all(axis=1))
+    values = torch.from_numpy(batch.values.copy() if not batch.values.flags.writeable else batch.values)
+    bad = torch.nonzero(~usable(values, placed.kind))  # type: ignore[arg-type]
     if len(bad):
         raise UserError(f"labels.from {location}: {names(int(bad[0]))!r} has a number that is not finite")
-    values = torch.from_numpy(batch.values.copy() if not batch.values.flags.writeable else batch.values)
     if placed.kind == "auto":
-        if is_unclear(values[:_SAMPLE_ROWS]):
-            raise UserError(f"labels.output: {UNCLEAR}")
+        if (doubt := unclear(values[:_SAMPLE_ROWS])) is not None:
+            raise UserError(f"labels.output: {doubt}")
         placed.kind = recognise(values[:_SAMPLE_ROWS])
     wrong = check_kind(values, placed.kind)  # type: ignore[arg-type]
     if wrong is not None:
@@ -229,7 +242,7 @@ def _as_logits(placed: _Placed, batch: LogitBatch, names: Any, location: str) ->
             f"{float(values[wrong].sum()):.4g}): set labels.output to what the file holds"
         )
     logits: npt.NDArray[np.float32] = to_logits(values, placed.kind).numpy()  # type: ignore[arg-type]
-    return logits
+    return logits if placed.order is None else logits[:, placed.order]
 
 
 def _require_coverage(placed: _Placed, places: _Places, location: str) -> None:
