@@ -88,13 +88,25 @@ def part(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
     return mine
 
 
-def least_rows(rows: int, batch_size: int, world_size: int, parts: int) -> int:
+def parts(rows: int, world_size: int, most: int) -> tuple[int, int]:
+    """Rows of a part, and the number of parts, in which every worker takes its share of a batch of ``rows``.
+
+    At most ``most`` parts. By the largest share, so that all workers take the same number, which a network that meets
+    the others in its forward pass needs (SyncBatchNorm): where a share is a part short, a row that does not count is
+    that part.
+    """
+    share = -(-rows // world_size)
+    size = -(-share // most)
+    return size, -(-share // size)
+
+
+def least_rows(rows: int, batch_size: int, world_size: int, most_parts: int) -> int:
     """The fewest rows that a worker puts through the network at once in an epoch: of its share of the last or of a
     whole batch, in ``parts``. A worker without a share takes one row that does not count."""
     found = []
     for batch in {min(batch_size, rows), rows % batch_size} - {0}:
+        at_once, _ = parts(batch, world_size, most_parts)
         for share in {batch // world_size, -(-batch // world_size)}:
-            at_once = -(-max(1, share) // parts)
             found.append(max(1, share) % at_once or at_once)
     return min(found)
 

@@ -10,9 +10,11 @@ Shapes: N rows, B rows of this worker's part of a global batch, C classes.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -25,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from distill_ray import checkpoints, losses, order, precision, profiling
-from distill_ray.artifacts import METRICS_FILE, History, best_epoch, is_over
-from distill_ray.checkpoints import Checkpoint, Unfinished
+from distill_ray.artifacts import METRICS_FILE, History, is_over
+from distill_ray.checkpoints import Checkpoint, Mended, Unfinished
 from distill_ray.config import CeLoss, KdLoss, TrainConfig
 from distill_ray.errors import RunError, UserError
 from distill_ray.losses import Share
@@ -39,7 +41,11 @@ from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, StoredSplit
 
 CHECKPOINTS = "checkpoints"
-_STEPS_BETWEEN_CLOCKS = 16  # workers agree this often on whether a checkpoint is due
+_CLOCK_S, _MOST_STEPS_BETWEEN_CLOCKS = 2.0, 64  # workers agree this often on whether a checkpoint is wanted
+# In the errors of torch's allocators, and of CUDA's libraries where they allocate themselves.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+_OF_GPUS = ("CUDA", "CUBLAS", "CUDNN", "NCCL")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,26 +87,33 @@ def fit(
     worker: Worker,
     on_epoch: Callable[[dict[str, float]], None] = lambda row: None,
     must_save: Callable[[], bool] = lambda: False,
+    on_note: Callable[[str], None] = _log.warning,
 ) -> FitResult | None:
     """Train to the last epoch, continuing from the folder's newest whole checkpoint, and write the best model.
 
     Every worker calls it with the same arguments but ``worker``; under more than one, torch.distributed is initialised
     and the folder is one that all of them see. ``on_epoch`` is called by every worker after each epoch,
     whose checkpoint is being written then, by a thread; it is there when ``fit`` ends, in whatever way.
-    ``must_save`` is asked every few steps, by every worker alike, and has to tell all of them the same: whether a
-    checkpoint is wanted now, as when a node is about to go.
+    ``must_save`` is asked every few steps, every two seconds at least or after a step that takes longer, by every
+    worker alike, and has to tell all of them the same: whether a checkpoint is wanted now, as when a node is about to
+    go. ``on_note`` gets a line, on rank 0, where checkpoints are damaged and what was trained is lost.
 
     Returns:
         What was written, on rank 0; None on the others.
 
     Raises:
-        RunError: the loss is not finite (names epoch and step), or memory ran out (names the key to lower).
+        RunError: the loss is not finite (names epoch and step), memory ran out (names the key to lower), or a worker
+            cannot read the checkpoint that the others continue from.
     """
     keep_freed_memory()
     precision.exact_fp32()
     torch.set_num_threads(worker.threads)
     with checkpoints.Writer() as writer:
-        _train(_State.start(spec, folder, worker, must_save, writer), train, validation, on_epoch)
+        try:
+            state = _State.start(spec, folder, worker, must_save, writer, on_note)
+            _train(state, train, validation, on_epoch)
+        except RuntimeError as error:
+            raise _as_out_of_memory(error, spec.train) from None
         with profiling.phase("checkpoints"):
             writer.wait()
             return export_best(spec.model, folder) if worker.rank == 0 else None
@@ -116,13 +129,10 @@ def _train(
     rows, held_out = Rows(train, worker.device), Rows(validation, worker.device)
     while not is_over(state.history, spec.train.epochs, spec.train.early_stop_epochs):
         epoch = len(state.history) + 1
-        try:
-            with profiling.phase("compute"):
-                row = _train_epoch(state, rows, epoch)
-            with profiling.phase("evaluation"):
-                row |= _validate(state, held_out)
-        except RuntimeError as error:
-            raise _as_out_of_memory(error, spec.train) from None
+        with profiling.phase("compute"):
+            row = _train_epoch(state, rows, epoch)
+        with profiling.phase("evaluation"):
+            row |= _validate(state, held_out)
         with profiling.phase("checkpoints"):
             state.finish_epoch(epoch, row)
         on_epoch(row)
@@ -148,9 +158,10 @@ def export_best(model: ModelSpec, folder: Folder) -> FitResult:
 
 def _as_out_of_memory(error: RuntimeError, train: TrainConfig) -> RuntimeError | RunError:
     """The error itself, or what to lower where it says that memory ran out."""
-    where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
-    if not where and "can't allocate memory" not in str(error):  # the words of torch's CPU allocator
+    text, of_gpu = str(error), isinstance(error, torch.OutOfMemoryError)
+    if not of_gpu and not any(words in text for words in _OUT_OF_MEMORY):
         return error
+    where = "GPU " if of_gpu or any(name in text for name in _OF_GPUS) else ""
     parts = train.batch_size if train.accumulate == 1 else f"{train.batch_size} in {train.accumulate} parts"
     return RunError(f"out of {where}memory with train.batch_size {parts}: lower it, or raise train.accumulate")
 
@@ -171,18 +182,21 @@ class _State:
     history: History
     best_epoch: int
     unfinished: Unfinished | None  # where within its epoch the training continues
+    mended: Mended | None
     saved_at: float
     must_save: Callable[[], bool]
     class_weights: Tensor | None
+    clock: _Clock
 
     @classmethod
     def start(
-        cls, spec: FitSpec, folder: Folder, worker: Worker, must_save: Callable[[], bool], writer: checkpoints.Writer
-    ) -> _State:
+        cls, spec: FitSpec, folder: Folder, worker: Worker, must_save: Callable[[], bool], writer: checkpoints.Writer,
+        on_note: Callable[[str], None],
+    ) -> _State:  # fmt: skip
         if worker.rank == 0:
             (folder / CHECKPOINTS).sweep_temporaries()
         torch.manual_seed(spec.seed)
-        saved = checkpoints.latest(folder / CHECKPOINTS)
+        saved = _saved(folder / CHECKPOINTS, worker, on_note)
         start = spec.model if saved is None else spec.model.bare()  # its own weights follow
         classifier = start.build().to(worker.device)
         if saved is not None:
@@ -191,8 +205,8 @@ class _State:
         if saved is not None and saved.average is not None and average is not None:
             average.module.load_state_dict(saved.average)
             average.n_averaged.fill_(1)  # it follows from here; at 0 it would start as a copy
-        optimizer = optimizer_of(classifier, spec.train)
         scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
+        optimizer = optimizer_of(classifier, spec.train, scaled=scaler.is_enabled())
         if saved is not None:
             load_state(optimizer, saved.optimizer)
             scaler.load_state_dict(saved.scaler)
@@ -200,14 +214,15 @@ class _State:
             spec, worker, folder, writer, classifier, _wrapped(classifier, spec.train, worker), average, optimizer,
             scaler,
             saved.history if saved is not None else [], saved.best_epoch if saved is not None else 0,
-            saved.unfinished if saved is not None else None, time.monotonic(), must_save,
-            None if spec.class_weights is None else torch.tensor(spec.class_weights, device=worker.device),
+            saved.unfinished if saved is not None else None, saved.mended if saved is not None else None,
+            time.monotonic(), must_save,
+            None if spec.class_weights is None else torch.tensor(spec.class_weights, device=worker.device), _Clock(),
         )  # fmt: skip
 
     def finish_epoch(self, epoch: int, row: dict[str, float]) -> None:
         """Checkpoint, then the epoch's line: what stands in metrics.jsonl has its checkpoint."""
         self.history = [*self.history, row]
-        self.best_epoch = best_epoch(self.history)
+        self.best_epoch = checkpoints.best_kept(self.history, self.mended)
         self.unfinished = None
         self.save(epoch)
 
@@ -219,9 +234,22 @@ class _State:
         average = None if self.average is None else self.average.module.state_dict()
         taken = checkpoints.snapshot(Checkpoint(
             epoch, self.classifier.net.state_dict(), average, self.optimizer.state_dict(),
-            self.scaler.state_dict(), self.history, self.best_epoch, unfinished,
+            self.scaler.state_dict(), self.history, self.best_epoch, unfinished, self.mended,
         ))  # fmt: skip
         self.writer.submit(partial(_write, self.folder, taken))
+
+
+def _saved(folder: Folder, worker: Worker, on_note: Callable[[str], None]) -> Checkpoint | None:
+    """What all workers continue from: rank 0 chooses it, since on shared storage not all may see the same files."""
+    choice = checkpoints.choose(folder) if worker.rank == 0 else None
+    if choice is not None and choice.lost is not None:
+        on_note(f"{folder}: {choice.lost}")
+    name = [choice.name if choice is not None else None]
+    if worker.world_size > 1:
+        dist.broadcast_object_list(name, src=0, device=worker.device)
+    if choice is not None:
+        return choice.checkpoint
+    return None if name[0] is None else checkpoints.named(folder, name[0])
 
 
 def _write(folder: Folder, taken: checkpoints.Snapshot) -> None:
@@ -235,7 +263,8 @@ def _wrapped(classifier: Classifier, train: TrainConfig, worker: Worker) -> nn.M
     """Compiled where asked for, and wrapped for data parallelism: calling what is inside would not exchange gradients.
 
     Batch norm sees the whole global batch on GPUs (SyncBatchNorm, NCCL alone has it). On CPUs each worker normalises
-    with its own rows, and the statistics that are kept are those of rank 0.
+    with its own rows, and the statistics that are kept are those of rank 0. A network that is not ours may have weights
+    that a step, or every step, does without.
     """
     if worker.world_size > 1 and worker.device.type == "cuda":
         classifier.net = nn.SyncBatchNorm.convert_sync_batchnorm(classifier.net)  # type: ignore[no-untyped-call]
@@ -243,7 +272,31 @@ def _wrapped(classifier: Classifier, train: TrainConfig, worker: Worker) -> nn.M
         if worker.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise UserError("train.compile: needs a C++ compiler (g++), and there is none here: set it to none")
         classifier.net.compile(mode=None if train.compile == "default" else train.compile)
-    return DistributedDataParallel(classifier) if worker.world_size > 1 else classifier
+    if worker.world_size == 1:
+        return classifier
+    if classifier.ours:
+        return DistributedDataParallel(classifier)
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # said where a step uses them all
+    return DistributedDataParallel(classifier, find_unused_parameters=True)
+
+
+@dataclass
+class _Clock:
+    """After how many steps the workers look at the time together: about every ``_CLOCK_S``, by what steps have taken,
+    and after each where one takes longer."""
+
+    gap: int = 1
+    steps: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def next_gap(self) -> int:
+        """By this worker's clock; at most four times the last, since the first steps may be quick by chance."""
+        per_step_s = max(1e-9, time.monotonic() - self.since) / self.steps
+        return max(1, min(int(_CLOCK_S / per_step_s), 4 * self.gap, _MOST_STEPS_BETWEEN_CLOCKS))
+
+    def restart(self, gap: int) -> None:
+        """The next look is after ``gap`` more steps."""
+        self.gap, self.steps, self.since = gap, 0, time.monotonic()
 
 
 @dataclass
@@ -294,9 +347,9 @@ def _train_epoch(state: _State, rows: Rows, epoch: int) -> dict[str, float]:
         set_lr(state.optimizer, lr)
         torch.manual_seed(order.mix(spec.seed, step) + worker.rank)  # dropout: a function of (seed, step, rank)
         sums.add(_step(state, batch), batch.share, step)
-        within = index + 1 < steps_per_epoch
-        noticed = within and (index + 1) % _STEPS_BETWEEN_CLOCKS == 0 and state.must_save()
-        if noticed or (within and _is_due(state, index + 1)):
+        state.clock.steps += 1
+        due, noticed = _wanted(state) if index + 1 < steps_per_epoch else (False, False)  # its end has one in any case
+        if due or noticed:
             _refuse_divergence(state, epoch, sums.first_bad)
             spent = time.perf_counter() - started + (before.seconds if before is not None else 0.0)
             unfinished = Unfinished(index + 1, sums.over_all_workers(worker), sums.labelled, spent)
@@ -314,15 +367,21 @@ def _train_epoch(state: _State, rows: Rows, epoch: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _is_due(state: _State, steps: int) -> bool:
-    """Whether a checkpoint within the epoch is due; all workers agree, by rank 0's clock."""
-    every_s, worker = state.spec.train.checkpoint_every_s, state.worker
-    if every_s is None or (worker.world_size > 1 and steps % _STEPS_BETWEEN_CLOCKS):
-        return False
-    due = torch.tensor(float(time.monotonic() - state.saved_at >= every_s), device=worker.device)
+def _wanted(state: _State) -> tuple[bool, bool]:
+    """Whether a checkpoint within the epoch is due, and whether it is asked for; all agree, by rank 0's clock."""
+    every_s, worker, clock = state.spec.train.checkpoint_every_s, state.worker, state.clock
+    strikes = clock.steps >= clock.gap
+    due = every_s is not None and time.monotonic() - state.saved_at >= every_s
+    if not strikes:
+        return due and worker.world_size == 1, False
+    noticed = state.must_save()
+    agreed = [int(due), clock.next_gap()]
     if worker.world_size > 1:
-        dist.broadcast(due, src=0)
-    return bool(due)
+        told = torch.tensor(agreed, device=worker.device)
+        dist.broadcast(told, src=0)
+        agreed = told.tolist()
+    clock.restart(agreed[1])
+    return bool(agreed[0]), noticed
 
 
 def _step(state: _State, batch: Batch) -> losses.LossTerms:
@@ -330,15 +389,15 @@ def _step(state: _State, batch: Batch) -> losses.LossTerms:
     spec, worker = state.spec, state.worker
     state.optimizer.zero_grad(set_to_none=True)
     terms: losses.LossTerms | None = None
-    parts = _parts(batch, spec.train.accumulate)
-    for number, (inputs, labels_B, logits_BC) in enumerate(parts):
+    parts = _parts(batch, spec.train.accumulate, worker.world_size)
+    for number, (inputs, labels_B, logits_BC, counts) in enumerate(parts):
         last = number == len(parts) - 1
         exchange = nullcontext() if last or worker.world_size == 1 else state.model.no_sync()  # type: ignore[operator]
         with exchange:
             with precision.autocast(spec.precision, worker.device):
                 student_BC = state.model(inputs)
             part = losses.compute(spec.loss, student_BC, labels_B, logits_BC, batch.share, state.class_weights)
-            if batch.empty:  # it still takes part in the exchange of gradients, with a row that does not count
+            if not counts:  # the worker still takes part in what the others exchange
                 part = losses.LossTerms(part.total * 0, part.ce * 0, part.kd * 0)
             # The contributions of the workers add up; DistributedDataParallel takes their mean.
             state.scaler.scale(part.total * worker.world_size).backward()  # type: ignore[no-untyped-call]
@@ -350,13 +409,14 @@ def _step(state: _State, batch: Batch) -> losses.LossTerms:
     return terms
 
 
-def _parts(batch: Batch, accumulate: int) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-    """The rows in at most ``accumulate`` parts; workers may differ in their number: only after the last they meet."""
-    if accumulate == 1:
-        return [(batch.inputs, batch.labels, batch.logits)]
-    inputs, labels = batch.inputs.chunk(accumulate), batch.labels.chunk(accumulate)
-    logits = [None] * len(inputs) if batch.logits is None else batch.logits.chunk(accumulate)
-    return list(zip(inputs, labels, logits, strict=True))
+def _parts(batch: Batch, accumulate: int, world_size: int) -> list[tuple[Tensor, Tensor, Tensor | None, bool]]:
+    """The rows in at most ``accumulate`` parts, on every worker in as many, and whether each counts."""
+    size, number = order.parts(batch.share.rows, world_size, accumulate)
+    inputs, labels = torch.split(batch.inputs, size), torch.split(batch.labels, size)
+    logits = [None] * len(inputs) if batch.logits is None else torch.split(batch.logits, size)
+    mine = [(*part, not batch.empty) for part in zip(inputs, labels, logits, strict=True)]
+    filler = (inputs[0][:1], labels[0][:1], None if logits[0] is None else logits[0][:1], False)
+    return mine + [filler] * (number - len(mine))
 
 
 @torch.no_grad()
@@ -365,6 +425,7 @@ def _validate(state: _State, rows: Rows) -> dict[str, float]:
     started = time.perf_counter()
     state.classifier.eval()
     weights, state.classifier.net = state.classifier.net, _validated(state)
+    _share_buffers(state.classifier.net, worker)
     measured = ValidationMetrics(spec.model.classes, worker.device, worker.world_size)
     try:
         for batch in rows.in_order(spec.train.batch_size, worker.rank, worker.world_size):
@@ -383,6 +444,14 @@ def _validated(state: _State) -> nn.Module:
         return state.classifier.net
     net: nn.Module = state.average.module
     return net.eval()
+
+
+def _share_buffers(net: nn.Module, worker: Worker) -> None:
+    """Rank 0's on every worker: its batch statistics are those that are kept, so they are what is validated."""
+    for buffer in net.buffers() if worker.world_size > 1 else ():
+        held = buffer.contiguous()
+        dist.broadcast(held, src=0)
+        buffer.copy_(held)
 
 
 def _refuse_divergence(state: _State, epoch: int, first_bad: Tensor) -> None:

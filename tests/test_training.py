@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch import multiprocessing as mp
 from distill_ray import artifacts, checkpoints, order, precision, training
 from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
 from distill_ray.errors import RunError
-from distill_ray.models import ModelSpec
+from distill_ray.models import ModelSpec, load_classifier
 from distill_ray.optimizing import lr_factor
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays
@@ -105,17 +107,10 @@ def test_schedules() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_interrupted_equals_uninterrupted_bitwise(tmp_path: Path, optimizer: str) -> None:
-    class Killed(Exception):
-        pass
-
-    def kill_after_two(row: dict[str, float]) -> None:
-        if row["epoch"] == 2:
-            raise Killed
-
     spec = _spec(optimizer=optimizer)
     whole = _fit(spec, tmp_path / "whole")
     with pytest.raises(Killed):
-        _fit(spec, tmp_path / "cut", on_epoch=kill_after_two)
+        _fit(spec, tmp_path / "cut", on_epoch=_kill_after(2))
     epochs: list[float] = []
     resumed = _fit(spec, tmp_path / "cut", on_epoch=lambda row: epochs.append(row["epoch"]))
     assert epochs == [3, 4]
@@ -176,6 +171,96 @@ def test_the_checkpoint_before_is_of_use_when_the_newest_is_the_best_and_damaged
     assert (found.epoch, found.best_epoch) == (4, 2)
 
 
+class Killed(Exception):
+    pass
+
+
+def _kill_after(epoch: int) -> Any:
+    def kill(row: dict[str, float]) -> None:
+        if row["epoch"] == epoch:
+            raise Killed
+
+    return kill
+
+
+def _damage(folder: Path, epoch: int) -> None:
+    (file,) = folder.glob(f"checkpoints/epoch-{epoch:05d}-*")
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def test_the_best_epochs_file_alone_damaged_costs_that_epoch_and_no_other(tmp_path: Path) -> None:
+    """Nothing can improve on the first epoch here, so it is the best, and 3 and 4 are the last two."""
+    spec = _spec(epochs=6, lr=1e-12, schedule="constant")
+    whole = _fit(spec, tmp_path / "whole")
+    assert whole.best_epoch == 1
+    with pytest.raises(Killed):
+        _fit(spec, tmp_path / "hurt", on_epoch=_kill_after(4))
+    _damage(tmp_path / "hurt", 1)
+    epochs: list[float] = []
+    notes: list[str] = []
+    with pytest.raises(Killed):
+        _fit(spec, tmp_path / "hurt", on_epoch=_kill_after(5), on_note=notes.append)
+    again = _fit(spec, tmp_path / "hurt", on_epoch=lambda row: epochs.append(row["epoch"]), on_note=notes.append)
+    assert epochs == [6.0]
+    assert notes == [
+        f"{tmp_path / 'hurt' / 'checkpoints'}: the weights of epoch 1, the best until then, are lost; the training "
+        "goes on after epoch 4, the best is now epoch 3"
+    ]
+    assert again.best_epoch == 3
+    third, last = (checkpoints.at(Folder.at(tmp_path / "hurt" / "checkpoints"), epoch) for epoch in (3, 6))
+    undisturbed = checkpoints.at(Folder.at(tmp_path / "whole" / "checkpoints"), 6)
+    assert third is not None
+    assert last is not None
+    assert undisturbed is not None
+    kept = load_classifier(str(tmp_path / "hurt")).net.state_dict()
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, third.model[name])
+        assert torch.equal(last.model[name], undisturbed.model[name])
+    assert _fit(spec, tmp_path / "hurt", on_note=notes.append) == again
+    assert len(notes) == 1
+
+
+def test_a_better_epoch_after_the_best_was_lost_is_the_best(tmp_path: Path) -> None:
+    """Accuracies 0.5, 0.9, 0.7, 0.6 with the second lost; then 0.8, and the file of that damaged, too."""
+    _fit(_spec(epochs=1), tmp_path)
+    folder = Folder.at(tmp_path / "checkpoints")
+    first = checkpoints.at(folder, 1)
+    assert first is not None
+    history: list[dict[str, float]] = []
+
+    def save(accuracy: float, mended: checkpoints.Mended | None) -> None:
+        history.append({"epoch": len(history) + 1, "validation_accuracy": accuracy})
+        best = checkpoints.best_kept(history, mended)
+        checkpoints.save(
+            folder, replace(first, epoch=len(history), history=list(history), best_epoch=best, mended=mended)
+        )
+
+    for accuracy in (0.5, 0.9, 0.7, 0.6):
+        save(accuracy, None)
+    _damage(tmp_path, 2)
+    mended = checkpoints.latest(folder)
+    assert mended is not None
+    assert (mended.epoch, mended.best_epoch, mended.mended) == (4, 3, checkpoints.Mended(4, 3))
+    save(0.65, mended.mended)
+    save(0.8, mended.mended)
+    better = checkpoints.latest(folder)
+    assert better is not None
+    assert (better.epoch, better.best_epoch) == (6, 6)
+    _damage(tmp_path, 6)
+    before = checkpoints.latest(folder)
+    assert before is not None
+    assert (before.epoch, before.best_epoch) == (5, 3)
+
+
+def test_nothing_whole_is_said(tmp_path: Path) -> None:
+    _fit(_spec(epochs=1), tmp_path)
+    _damage(tmp_path, 1)
+    notes: list[str] = []
+    _fit(_spec(epochs=1), tmp_path, on_note=notes.append)
+    assert len(notes) == 1
+    assert "safetensors: not whole; nothing else is whole: the training begins anew" in notes[0]
+
+
 def test_checkpoints_round_trip(tmp_path: Path) -> None:
     _fit(_spec(epochs=2), tmp_path)
     saved = checkpoints.latest(Folder.at(tmp_path / "checkpoints"))
@@ -224,8 +309,6 @@ def _data_parallel(rank: int, world: int, port: int, folder: str) -> None:
 
 def test_one_worker_equals_three_also_where_two_have_no_rows(tmp_path: Path) -> None:
     """101 rows in batches of 20: the last batch has a single row for three workers."""
-    import socket
-
     alone = _fit(_spec(epochs=3, batch_size=20), tmp_path / "one")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -235,6 +318,61 @@ def test_one_worker_equals_three_also_where_two_have_no_rows(tmp_path: Path) -> 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for key in ("train_loss", "validation_accuracy", "validation_ce"):
         assert [line[key] for line in lines] == pytest.approx([row[key] for row in alone.history], rel=1e-4)
+
+
+def _with_a_stale_view(rank: int, world: int, port: int, folder: str) -> None:
+    """A training of two, cut in its fourth epoch; then rank 1, on another machine, does not see the newest files."""
+    method = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=method, rank=rank, world_size=world)
+    spec, worker, see = _spec(), Worker(rank, world), Folder.names
+
+    def train(name: str, **more: Any) -> None:
+        fit(spec, _rows(101, 0), _rows(40, 1), Folder.at(folder) / name, worker, **more)
+
+    def stale(self: Folder) -> list[str]:
+        return [name for name in see(self) if not name.startswith("epoch-00003-")]
+
+    try:
+        train("whole")
+        with pytest.raises(Killed):
+            train("cut", on_epoch=_kill_after(3))
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(Folder, "names", stale)
+            train("cut")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_all_workers_continue_from_the_file_that_the_first_chose(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_with_a_stale_view, args=(2, port, str(tmp_path)), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    whole, cut = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert whole == cut
+
+
+def test_a_worker_that_cannot_read_the_file_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fit(_spec(epochs=1), tmp_path)
+    folder = Folder.at(tmp_path / "checkpoints")
+    (name,) = folder.names()
+    read, tries = Folder.read_bytes, list[str]()
+
+    def late(self: Folder, name: str) -> bytes:
+        tries.append(name)
+        if len(tries) < 3:
+            raise FileNotFoundError(name)
+        return read(self, name)
+
+    monkeypatch.setattr(checkpoints, "_PAUSE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read_bytes", late)
+        assert checkpoints.named(folder, name).epoch == 1
+    monkeypatch.setattr(checkpoints, "_PATIENCE_S", 0.05)
+    _damage(tmp_path, 1)
+    with pytest.raises(RunError, match=rf"checkpoints/{name}: worker 0 continues from it, another worker cannot read"):
+        checkpoints.named(folder, name)
 
 
 def test_cast_weights_give_the_logits_that_autocast_gives() -> None:

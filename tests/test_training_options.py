@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import socket
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,14 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 from torch import multiprocessing as mp
 from torch import nn
 
-from distill_ray import artifacts, checkpoints, losses, optimizing, training
-from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
+from distill_ray import artifacts, checkpoints, losses, optimizing, order, training
+from distill_ray.config import CeLoss, ImportedModel, InputConfig, KdLoss, MlpModel, TrainConfig
 from distill_ray.errors import RunError
 from distill_ray.losses import Share
-from distill_ray.models import ModelSpec, load_classifier, load_model
+from distill_ray.models import Classifier, ModelSpec, foreign, load_classifier, load_model
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, StoredSplit
 from distill_ray.training import FitResult, FitSpec, Worker, fit
@@ -111,6 +116,131 @@ def test_one_worker_equals_several(tmp_path: Path, world: int, train: dict[str, 
     for key in ("train_loss", "train_ce", "train_kd", "validation_accuracy", "validation_ce"):
         expected = [row[key] for row in alone.history]
         assert [row[key] for row in several.history] == pytest.approx(expected, rel=1e-4)
+
+
+# --- networks that are not ours, on several workers -------------------------------------------------------------------
+
+
+class Meets(nn.Module):
+    """Meets the other workers in each forward pass of the training, as SyncBatchNorm does, which is for GPUs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, CLASSES)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and dist.is_initialized():
+            dist.all_reduce(torch.ones(3))
+        logits: torch.Tensor = self.head(x)
+        return logits
+
+
+class Spare(nn.Module):
+    """Has weights that no step uses, some that every second step uses, and some that a step's first part alone does."""
+
+    def __init__(self, parts: int = 1) -> None:
+        super().__init__()
+        self.head, self.every_second, self.first_part, self.unused = (nn.Linear(6, CLASSES) for _ in range(4))
+        self.passes, self.parts = 0, parts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        step, part = divmod(self.passes, self.parts)
+        self.passes += self.training
+        logits: torch.Tensor = self.head(x)
+        if step % 2:
+            logits = logits + self.every_second(x)
+        return logits if part else logits + 0 * self.first_part(x)
+
+
+class Normed(nn.Sequential):
+    """With statistics of the rows that this worker alone has seen."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 8), nn.BatchNorm1d(8, momentum=0.9), nn.ReLU(), nn.Linear(8, CLASSES))
+
+
+def their_spec(**train: Any) -> FitSpec:
+    spec = spec_of(**train)
+    return replace(spec, model=spec.model.model_copy(update={"model": ImportedModel.model_validate({"import": "a:b"})}))
+
+
+# name: the network, and how it is trained by three workers
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "meets": (Meets, {"batch_size": 14, "accumulate": 4}),
+    "spare": (Spare, {}),
+    "spare in parts": (partial(Spare, 2), {"batch_size": 26, "accumulate": 2}),  # each of its batches is in two
+    "normed": (Normed, {"batch_size": 19}),  # the last has two rows for each
+    "normed, average": (Normed, {"batch_size": 19, "ema_decay": 0.5}),
+}
+
+
+def several(rank: int, world: int, port: int, folder: str) -> None:
+    """All of it in one group of processes, whose start takes longer than the trainings."""
+    method, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)
+    dist.init_process_group("gloo", timeout=timeout, init_method=method, rank=rank, world_size=world)
+    worker, train, held_out = Worker(rank, world), rows(ROWS, 0), rows(HELD_OUT, 1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "_CLOCK_S", 1e-9)  # every step is longer
+            kill_at_step(patch, 9)
+            cut = spec_of(checkpoint_every_s=1e-9 if rank == 0 else 1e9)  # by the first one's clock
+            with pytest.raises(KilledWithin):
+                fit(cut, train, held_out, Folder.at(folder) / "cut", worker)
+        for name, (kind, options) in CASES.items():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(foreign, "build", partial(made, kind))
+                fit(their_spec(**options), train, held_out, Folder.at(folder) / name, worker)
+    finally:
+        dist.destroy_process_group()
+
+
+def made(kind: Callable[[], nn.Module], *_: Any) -> nn.Module:
+    return kind()
+
+
+@pytest.fixture(scope="module")
+def by_three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of what three workers trained: ``cut`` in its second epoch, and ``CASES``."""
+    folder = tmp_path_factory.mktemp("by_three")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(several, args=(3, port, str(folder)), nprocs=3)  # type: ignore[attr-defined, no-untyped-call]
+    return folder
+
+
+def test_workers_take_equally_many_parts() -> None:
+    assert order.parts(64, 3, 8) == (3, 8)  # of 22 rows seven of 3 and one of 1; of 21 seven, and one that is filled
+    for rows_B, world, most in ((64, 1, 8), (22, 1, 8), (101, 1, 7), (1, 4, 2), (20, 3, 3)):
+        size, number = order.parts(rows_B, world, most)
+        chunks = torch.zeros(-(-rows_B // world)).chunk(most)
+        assert (size, number) == (len(chunks[0]), len(chunks))
+
+
+@pytest.mark.parametrize("name", ["meets", "spare", "spare in parts"])
+def test_networks_that_are_not_ours_train_on_several_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_three: Path, name: str
+) -> None:
+    """One that meets gets shares of 5, 5 and 4 rows: three parts of two at most, or, each for itself, 3, 3 and 4."""
+    kind, options = CASES[name]
+    monkeypatch.setattr(foreign, "build", partial(made, kind))
+    alone = trained(their_spec(**options), tmp_path)
+    together = training.export_best(their_spec().model, Folder.at(by_three / name))
+    for key in ("train_loss", "validation_ce"):
+        expected = [row[key] for row in alone.history]
+        assert [row[key] for row in together.history] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["normed", "normed, average"])
+def test_what_is_validated_on_several_workers_is_what_is_kept(by_three: Path, name: str) -> None:
+    """Each worker has statistics of its own rows; those of the first are kept."""
+    saved = checkpoints.at(Folder.at(by_three / name / "checkpoints"), 3)
+    assert saved is not None
+    net, held_out = Normed(), rows(HELD_OUT, 1)
+    net.load_state_dict(saved.average or saved.model)
+    logits = Classifier(net, InputConfig(), (6,), ours=False).eval()(torch.from_numpy(held_out.inputs))
+    ce = float(nn.functional.cross_entropy(logits.detach(), torch.from_numpy(held_out.labels)))
+    assert saved.history[-1]["validation_ce"] == pytest.approx(ce, rel=1e-5)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -208,6 +338,71 @@ def test_out_of_memory_names_what_to_lower(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(training, "_step", full)
     with pytest.raises(RunError, match=r"out of memory with train.batch_size 20: lower it, or raise train.accumulate"):
         trained(spec_of(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "GPU "),
+        ("CUDA error: out of memory", "GPU "),
+        ("[enforce fail at alloc_cpu.cpp:131] err == 0. DefaultCPUAllocator: can't allocate memory", ""),
+    ],
+)
+def test_out_of_memory_is_known_by_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: str, where: str
+) -> None:
+    def full(*arguments: object) -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(training, "_step", full)
+    with pytest.raises(RunError, match=rf"^out of {where}memory with train.batch_size 20 in 2 parts: lower it"):
+        trained(spec_of(accumulate=2), tmp_path)
+    monkeypatch.setattr(training, "_step", lambda *_: torch.zeros(2, 3) @ torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        trained(spec_of(), tmp_path)
+
+
+def test_out_of_memory_before_the_first_step_names_what_to_lower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "averaged", lambda *_: torch.empty(2**46, dtype=torch.uint8))
+    with pytest.raises(RunError, match=r"out of memory with train.batch_size 20: lower it, or raise train.accumulate"):
+        trained(spec_of(), tmp_path)
+
+
+def test_momentum_begins_with_the_first_step_that_is_not_left_out() -> None:
+    """A scaler leaves out a step whose gradients have overflowed, which the first steps' often have."""
+
+    def after(*gradients: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        net = nn.Linear(4, 3)
+        optimizer = optimizing.optimizer_of(net, TrainConfig(optimizer="sgd", momentum=0.9), scaled=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=10**6, backoff_factor=0.5)
+        for value in gradients:
+            scaler.scale(torch.zeros(()))
+            for parameter in net.parameters():
+                parameter.grad = torch.full_like(parameter, value * scaler.get_scale())
+            optimizing.apply_gradients(net, optimizer, scaler, None)
+            if value == float("inf"):
+                assert all(state.get("momentum_buffer") is None for state in optimizer.state.values())
+        return net.weight.detach().clone()
+
+    assert torch.equal(after(float("inf"), 1.0, 1.0), after(1.0, 1.0))
+
+
+def test_sgd_in_fp16_is_the_one_that_a_scaler_may_leave_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fused: set[bool] = set()
+    original = optimizing.apply_gradients
+
+    def looking(model: nn.Module, optimizer: torch.optim.Optimizer, *more: Any) -> None:
+        fused.add(optimizer.param_groups[0]["fused"])
+        original(model, optimizer, *more)
+
+    monkeypatch.setattr(training, "apply_gradients", looking)
+    for precision, expected in (("fp16", False), ("fp32", True)):
+        fused.clear()
+        trained(replace(spec_of(epochs=1, optimizer="sgd"), precision=precision), tmp_path / precision)
+        assert fused == {expected}
 
 
 # --- windows of shards ------------------------------------------------------------------------------------------------
@@ -310,6 +505,48 @@ def test_a_kill_within_an_epoch_costs_no_more_than_its_last_checkpoint(
     assert again.weights_sha256 == whole.weights_sha256
     for key in ("train_loss", "train_ce", "train_kd", "validation_ce"):
         assert [row[key] for row in again.history] == pytest.approx([row[key] for row in whole.history], rel=1e-12)
+
+
+def test_a_notice_is_heard_in_an_epoch_of_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """6 steps an epoch; where steps are long it is asked after each but the last."""
+    written, asked = list[tuple[int, int]](), list[bool]()
+    original = checkpoints.write
+
+    def watching(folder: Folder, taken: checkpoints.Snapshot) -> None:
+        written.append(taken.checkpoint.position)
+        original(folder, taken)
+
+    def must_save() -> bool:
+        asked.append(len(asked) in (0, 3))
+        return asked[-1]
+
+    monkeypatch.setattr(checkpoints, "write", watching)
+    plain = trained(spec_of(epochs=2), tmp_path / "short", must_save=must_save)
+    assert written[0] == (0, 1)
+    written.clear()
+    asked.clear()
+    monkeypatch.setattr(training, "_CLOCK_S", 1e-9)  # every step is longer
+    noticed = trained(spec_of(epochs=2), tmp_path / "long", must_save=must_save)
+    assert written == [(0, 1), (0, 4), (1, 0), (2, 0)]
+    assert len(asked) == 10
+    assert noticed.weights_sha256 == plain.weights_sha256
+
+
+@pytest.mark.parametrize(("step_s", "gaps"), [(1e-4, [4, 16, 64, 64]), (0.1, [4, 16, 19, 19]), (5.0, [1, 1])])
+def test_the_clock_is_looked_at_every_two_seconds(step_s: float, gaps: list[int]) -> None:
+    clock, found = training._Clock(), list[int]()
+    for _ in gaps:
+        clock.steps = clock.gap
+        clock.since = time.monotonic() - clock.steps * step_s * 1.01
+        found.append(clock.next_gap())
+        clock.restart(found[-1])
+    assert found == gaps
+
+
+def test_long_steps_of_several_workers_each_have_a_checkpoint(by_three: Path) -> None:
+    saved = checkpoints.latest(Folder.at(by_three / "cut" / "checkpoints"))
+    assert saved is not None
+    assert saved.position == (1, 3)
 
 
 def test_checkpoints_within_an_epoch_are_few_and_go_when_it_ends(tmp_path: Path) -> None:
