@@ -30,7 +30,7 @@ from distill_ray.storage import Folder, impatience
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
 _HEAD_POLL_S, _HEAD_LOST_S = 5.0, 45.0  # Ray's own patience is 60 s
 _CONNECT_TIMEOUT_S = 10.0
-_NODE_CHECK_TIMEOUT_S = 60.0  # a task on every node: a worker process to start, no more
+_CHECKS_TIMEOUT_S = 20.0  # all checks together: worker processes to start; a mistake is told within half a minute
 
 
 class Session:
@@ -61,11 +61,17 @@ class Session:
             if self._in_command:
                 _watch_head()
             placing.preflight(self._config, self._nodes)
-            check_every_node(self._out, local_sources(self._config.data))
-            check_cuda(placing.independent(self._config.cluster, self._nodes, 1).gpus)
-            if not self._ours:
-                check_code(self._modules())
+            self._check(self._nodes)
         return self._nodes
+
+    def _check(self, nodes: Sequence[Node]) -> None:
+        """What only the nodes themselves can tell, all of it asked for at once: torch takes its time to be imported."""
+        until = time.monotonic() + _CHECKS_TIMEOUT_S
+        cuda = ask_for_cuda(placing.independent(self._config.cluster, nodes, 1).gpus)
+        check_every_node(self._out, local_sources(self._config.data), until)
+        check_cuda(cuda, until)
+        if not self._ours:
+            check_code(self._modules(), until)
 
     def _init(self) -> None:
         """``ray.init``, which replaces the handler of SIGTERM by one that exits with 15, at once and for good."""
@@ -209,15 +215,26 @@ def local_sources(data: DataBase) -> dict[str, str]:
     return {f"data.{key}": place for key, place in found.items()}
 
 
-def check_every_node(out: Folder, sources: Mapping[str, str]) -> None:
-    """Where there is more than one node: each must read a token from ``out``, write one back, and read the sources.
+def nodes_to_check(nodes: Sequence[Mapping[str, Any]], here: str) -> list[Mapping[str, Any]]:
+    """Of ``ray.nodes()`` those that will work; none where that is the node ``here`` alone, which needs no proof.
+
+    A head that takes no work leaves one such node, which is not here.
+    """
+    working = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    return [] if [node["NodeID"] for node in working] == [here] else working
+
+
+def check_every_node(out: Folder, sources: Mapping[str, str], until: float) -> None:
+    """Where other nodes work than this one: each must read a token from ``out``, write one back, and read the sources.
+
+    ``until`` is of ``time.monotonic()``: a mount that hangs answers never.
 
     Raises:
-        UserError: names the node and the path that it does not share.
+        UserError: names the node and the path that it does not share, or the node that is silent.
     """
     ray = _import_ray()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    if len(nodes) < 2:
+    nodes = nodes_to_check(ray.nodes(), ray.get_runtime_context().get_node_id())
+    if not nodes:
         return
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -230,14 +247,18 @@ def check_every_node(out: Folder, sources: Mapping[str, str]) -> None:
         answer = task.options(scheduling_strategy=here).remote(out, token, f"{token}-{node['NodeID']}", sources)
         names[answer] = (node["NodeManagerAddress"], f"{token}-{node['NodeID']}")
     try:
-        done, late = ray.wait(list(names), num_returns=len(names), timeout=_NODE_CHECK_TIMEOUT_S)
-        if late:
-            raise UserError(f"cluster: node {names[late[0]][0]} did not answer within {_NODE_CHECK_TIMEOUT_S:.0f} s")
+        done, late = ray.wait(list(names), num_returns=len(names), timeout=_left(until))
         for answer in done:
             address, written = names[answer]
             problem = ray.get(answer) or (None if out.exists(written) else f"--out {out}: is a folder of its own there")
             if problem:
                 raise UserError(f"node {address}: {problem}: use storage that every node sees under the same path")
+        if late:
+            places = ", ".join([f"--out {out}", *(f"{key} {place}" for key, place in sources.items())])
+            raise UserError(
+                f"cluster: node {names[late[0]][0]} did not say within {_CHECKS_TIMEOUT_S:.0f} s whether it sees "
+                f"{places}: look there whether a mount hangs, or run the command again"
+            )
     finally:
         for name in (token, *(written for _, written in names.values())):
             out.delete(name)
@@ -265,23 +286,32 @@ def _sees(out: Folder, token: str, written: str, sources: Mapping[str, str]) -> 
     return None
 
 
-def check_cuda(gpus: float) -> None:
+def _left(until: float) -> float:
+    return max(0.0, until - time.monotonic())
+
+
+def ask_for_cuda(gpus: float) -> Any:
+    """Where workers get GPUs, the task that looks at their torch, for ``check_cuda``; else None."""
+    return _import_ray().remote(num_cpus=1, num_gpus=gpus)(worker_device).remote() if gpus else None
+
+
+def check_cuda(asked: Any, until: float) -> None:
     """Where workers get GPUs: their torch must be a CUDA build.
 
     Raises:
         UserError: it is not.
     """
-    if gpus:
+    if asked is not None:
         ray = _import_ray()
         try:
-            ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(worker_device).remote(), timeout=_NODE_CHECK_TIMEOUT_S)
+            ray.get(asked, timeout=_left(until))
         except ray.exceptions.GetTimeoutError:
             return  # the GPUs are busy with other work: the stages wait for them as anyone does
         except Exception as error:
             raise as_run_error("cluster", error) from error
 
 
-def check_code(modules: Sequence[str]) -> None:
+def check_code(modules: Sequence[str], until: float) -> None:
     """Where Ray was there before the run, so that no code travelled with it: its workers must see the same code.
 
     Raises:
@@ -292,10 +322,10 @@ def check_code(modules: Sequence[str]) -> None:
     ray = _import_ray()
     here = [usercode.fingerprint(module, "import") for module in modules]
     try:
-        there = ray.get(ray.remote(num_cpus=0)(_seen).remote(modules), timeout=_NODE_CHECK_TIMEOUT_S)
+        there = ray.get(ray.remote(num_cpus=0)(_seen).remote(modules), timeout=_left(until))
     except ray.exceptions.GetTimeoutError:
-        late = f"no worker said within {_NODE_CHECK_TIMEOUT_S:.0f} s what it sees of {modules[0]}"
-        raise UserError(f"cluster: {late}") from None
+        late = f"no worker said within {_CHECKS_TIMEOUT_S:.0f} s what it sees of {modules[0]}"
+        raise UserError(f"cluster: {late}: run the command again") from None
     for module, ours, theirs in zip(modules, here, there, strict=True):
         if ours != theirs:
             what = "do not find it" if theirs is None else "have other source of it than is here"
