@@ -30,6 +30,9 @@ from distill_ray.storage import Folder, impatience
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
 _HEAD_POLL_S, _HEAD_LOST_S = 5.0, 45.0  # Ray's own patience is 60 s
 _CONNECT_TIMEOUT_S = 10.0
+# Of a task that Ray kills since its node runs out of memory, with pauses that grow to a minute: about five minutes, in
+# which other work on the node may end. Ray's own default is to try again for ever, silently.
+_OOM_RETRIES = ("RAY_task_oom_retries", "10")
 _CHECKS_TIMEOUT_S = 20.0  # all checks together: worker processes to start; a mistake is told within half a minute
 
 
@@ -50,6 +53,7 @@ class Session:
                 does not see ``--out`` or the source.
         """
         if self._nodes is None:
+            os.environ.setdefault(*_OOM_RETRIES)  # before Ray is imported
             if self._in_command and not self._debug:
                 _silence_native_stderr()
             if not _import_ray().is_initialized():  # a notebook may have its own
@@ -57,7 +61,7 @@ class Session:
                     _check_answers(self.address)
                 self._ours = True
                 self._init()
-            self._nodes = _live_nodes()
+            self._nodes = live_nodes()
             if self._in_command:
                 _watch_head()
             placing.preflight(self._config, self._nodes)
@@ -353,20 +357,37 @@ def data() -> Any:
     return ray.data
 
 
-def as_run_error(stage: str, error: BaseException) -> RunError | UserError:
+def as_run_error(stage: str, error: BaseException, lower: str | None = None) -> RunError | UserError:
     """What a failed stage tells the user, in one line.
 
     Ray wraps what a worker raised, sometimes twice; the innermost cause is what happened. Our own errors keep their
-    class, so also their exit code.
+    class, so also their exit code. ``lower`` is the key that decides how much memory a worker takes: on Linux memory
+    that is not there is given all the same, and whoever uses it is killed, by Ray or by the kernel.
     """
     chain = list(_causes(error))
     for cause in reversed(chain):
         if type(cause) in (UserError, RunError):
             ours = str(cause).partition("\n")[0].rstrip()  # Ray Data adds lines about its own retries
             return type(cause)(f"{stage}: {ours}")  # type: ignore[return-value]
+    if killed := _why_killed(chain):
+        mend = f"lower {lower}" if lower is not None else "give the node more memory"
+        return RunError(f"{stage} failed: {killed}: {mend}; finished work is kept, the same command continues")
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
     reason = f"{type(chain[-1]).__name__}: {lines[-1]}" if lines else type(chain[-1]).__name__
     return RunError(f"{stage} failed: {reason}; finished work is kept, the same command continues")
+
+
+def _why_killed(chain: Sequence[BaseException]) -> str | None:
+    """Where a worker's process ended without a word, what has most likely happened; else None."""
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, WorkerCrashedError
+
+    if any(isinstance(cause, OutOfMemoryError) for cause in chain):
+        return "out of memory, Ray killed a worker before its node had none left"
+    # Ray's words for a process whose connection broke; those of an actor that failed or whose node died are others.
+    silent = any(isinstance(c, ActorDiedError) and "OOM killer" in str(c) for c in chain)
+    if silent or any(isinstance(cause, WorkerCrashedError) for cause in chain):
+        return "a worker was killed, most likely by the kernel for want of memory (dmesg says so), or it crashed"
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -375,12 +396,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = getattr(current, "cause", None) or current.__cause__ or _first_worker_failure(current)
+        current = getattr(current, "cause", None) or current.__cause__ or _failure_within(current)
 
 
-def _first_worker_failure(error: BaseException) -> BaseException | None:
+def _failure_within(error: BaseException) -> BaseException | None:
+    """What Ray Train keeps beside its errors' texts."""
     failures = getattr(error, "worker_failures", None)
-    return next(iter(failures.values()), None) if isinstance(failures, dict) else None
+    if isinstance(failures, dict):
+        return next(iter(failures.values()), None)
+    within = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
+    return within if isinstance(within, BaseException) else None
 
 
 @cache
@@ -412,7 +437,8 @@ def worker_device() -> Any:
     return torch.device("cuda")
 
 
-def _live_nodes() -> list[Node]:
+def live_nodes() -> list[Node]:
+    """What the cluster has now."""
     found = [node["Resources"] for node in _import_ray().nodes() if node["Alive"]]
     return [
         Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", math.inf))

@@ -65,6 +65,18 @@ def test_students(nodes: list[Node], students: int, expected: Placement) -> None
     assert placing.student(_cluster(), nodes, students) == expected
 
 
+def test_what_decides_the_order_of_rows_is_the_same_on_any_number_of_workers() -> None:
+    """`shuffle: auto` weighs the data against this share of the memory, and its answer is no part of a digest."""
+    nodes = [Node(8, 0, 64e9), Node(4, 0, 16e9), Node(0, 0, 1e9)]
+    placements = [
+        *(placing.training(_cluster(workers=workers), nodes) for workers in ("auto", 1, 2, 12, [1, 4])),
+        *(placing.student(_cluster(), nodes, students) for students in (1, 6)),
+        *(placing.independent(_cluster(), nodes, trials) for trials in (1, 100)),
+    ]
+    assert {placement.share_bytes for placement in placements} == {4e9}
+    assert {placement.room_bytes for placement in placements} > {4e9}
+
+
 @settings(deadline=None)
 @given(
     nodes=st.lists(st.builds(Node, st.integers(0, 16), st.integers(0, 4)), min_size=1, max_size=5),

@@ -138,7 +138,7 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
             context.profile.add_workers("student", asked_at, [profile], 1)
             _record(context, student, before[student.stage.digest], seconds)
     except Exception as error:
-        raise runtime.as_run_error("student", error) from error
+        raise runtime.as_run_error("student", error, "student.train.batch_size") from error
     context.profile.add_stage("student", time.perf_counter() - started)
 
 
@@ -146,7 +146,7 @@ def _job(config: Config, data: Stage, labels: Stage, student: Student, placement
     return {
         "config": to_dict(config), "data": data, "labels": labels, "seed": student.seed,
         "loss": to_dict(student.loss), "stage": student.stage, "threads": placement.cpus,
-        "room_bytes": placement.room_bytes,
+        "share_bytes": placement.share_bytes,
     }  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def _train_student(job: Mapping[str, Any]) -> None:
     config, target, device = _unpack(job)
     data, labels = _stores(config, job)
     spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
-    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, job["room_bytes"])
+    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, job["share_bytes"])
     where = {"precision": spec.precision, "shuffle": shuffle, "threads": job["threads"], "device": device.type}
     section = to_dict(config.student) | {"loss": job["loss"], "seed": job["seed"]}
     write_stage_config(target, section, where)
