@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from distill_ray.config import ClusterConfig, Config
 from distill_ray.errors import UserError
@@ -68,16 +69,22 @@ def training(cluster: ClusterConfig, nodes: Sequence[Node]) -> Placement:
     Raises:
         UserError: the nodes do not have what the config asks for.
     """
-    gpus = 1.0 if 0 < (asked := _gpus_per_worker(cluster, nodes)) < 1 else asked
+    return _group(cluster, nodes, cluster.workers, "cluster.workers")
+
+
+def _group(
+    cluster: ClusterConfig, nodes: Sequence[Node], asked: Literal["auto"] | int | tuple[int, int], key: str
+) -> Placement:
+    gpus = 1.0 if 0 < (part := _gpus_per_worker(cluster, nodes)) < 1 else part
     usable = [node for node in nodes if node.cpus >= 1 and node.gpus >= gpus]
     least = most = max(1, room_for(usable, Placement(1, 1, gpus)) if gpus else len(usable))
-    if isinstance(cluster.workers, tuple):
-        least, most = cluster.workers
-    elif cluster.workers != "auto":
-        least = most = cluster.workers
+    if isinstance(asked, tuple):
+        least, most = asked
+    elif asked != "auto":
+        least = most = asked
     present = max(least, min(most, room_for(usable, Placement(1, 1, gpus))))  # of an elastic group, now
     cpus = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else _most_cpus(usable, present, gpus)
-    return _required(nodes, Placement(least, cpus, gpus, most_workers=most if most > least else 0))
+    return _required(nodes, Placement(least, cpus, gpus, most_workers=most if most > least else 0, key=key))
 
 
 def independent(cluster: ClusterConfig, nodes: Sequence[Node], most: int) -> Placement:
@@ -95,12 +102,15 @@ def independent(cluster: ClusterConfig, nodes: Sequence[Node], most: int) -> Pla
 
 def student(cluster: ClusterConfig, nodes: Sequence[Node], students: int) -> Placement:
     """One worker a student; the CPUs are divided over the students that the config asks for, trained side by side.
+    With ``cluster.student_workers`` above 1 the group of each, trained one after another.
 
     Deliberately not a function of how many are left to train: the thread count must not change when a run continues.
 
     Raises:
         UserError: there is no room for one.
     """
+    if cluster.student_workers > 1:
+        return _group(cluster, nodes, cluster.student_workers, "cluster.student_workers")
     gpus = _gpus_per_worker(cluster, nodes)
     usable = [node.cpus for node in nodes if node.cpus >= 1 and node.gpus >= gpus] or [1.0]
     share = max(1, min(int(sum(usable)) // max(1, students), int(max(usable)), _MAX_CPUS_PER_MODEL))
@@ -152,5 +162,5 @@ def _required(nodes: Sequence[Node], placement: Placement) -> Placement:
     there = ", ".join(f"{node.cpus:g} CPUs / {node.gpus:g} GPUs" for node in nodes) or "no nodes"
     raise UserError(
         f"cluster: {placement.workers} worker(s) with {each} each are asked for, the cluster has {there}: lower "
-        "cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
+        f"{placement.key}, cluster.cpus_per_worker or cluster.gpus_per_worker"
     )
