@@ -400,10 +400,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _failure_within(error: BaseException) -> BaseException | None:
-    """What Ray Train keeps beside its errors' texts."""
+    """What Ray Train keeps beside its errors' texts; of a group a lost worker, of which the others only lost sight."""
     failures = getattr(error, "worker_failures", None)
     if isinstance(failures, dict):
-        return next(iter(failures.values()), None)
+        lost = [failure for failure in failures.values() if hasattr(failure, "health_check_failure")]
+        return next(iter([*lost, *failures.values()]), None)
     within = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
     return within if isinstance(within, BaseException) else None
 

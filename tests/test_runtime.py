@@ -48,7 +48,8 @@ def test_a_group_that_has_lost_its_room_is_told_and_ends() -> None:
 
 def _of_a_group(failure: Exception) -> Exception:
     """As Ray Train hands on what became of a worker."""
-    error: Exception = WorkerGroupError("text", {1: WorkerHealthCheckFailedError("text", failure)})
+    lost_sight = RuntimeError("Connection closed by peer")
+    error: Exception = WorkerGroupError("text", {0: lost_sight, 1: WorkerHealthCheckFailedError("text", failure)})
     return error
 
 
