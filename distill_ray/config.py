@@ -774,6 +774,8 @@ class ClusterConfig(Section):
     address: str = setting("auto", min_length=1)
     # Of a data-parallel model: a number, or [min, max]: as many as the cluster has room for, while it trains, too.
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[_Workers, _Workers] = setting("auto")
+    # Of each student: 1 trains them side by side, more train them one after another, data-parallel as the teacher.
+    student_workers: int = setting(1, ge=1)
     cpus_per_worker: Literal["auto"] | Annotated[int, Field(ge=1)] = setting("auto")
     gpus_per_worker: Literal["auto"] | Annotated[float, Field(ge=0)] = setting("auto")
     # Where each node keeps copies of the shards of remote stores, and how much at most; 0 keeps none.

@@ -30,7 +30,10 @@ from distill_ray.storage import Folder, impatience
 DEBUG_VARIABLE = "DISTILL_RAY_DEBUG"  # set by --debug, for what has no other way to know
 _HEAD_POLL_S, _HEAD_LOST_S = 5.0, 45.0  # Ray's own patience is 60 s
 _CONNECT_TIMEOUT_S = 10.0
-_NODE_CHECK_TIMEOUT_S = 60.0  # a task on every node: a worker process to start, no more
+# Of a task that Ray kills since its node runs out of memory, with pauses that grow to a minute: about five minutes, in
+# which other work on the node may end. Ray's own default is to try again for ever, silently.
+_OOM_RETRIES = ("RAY_task_oom_retries", "10")
+_CHECKS_TIMEOUT_S = 20.0  # all checks together: worker processes to start; a mistake is told within half a minute
 
 
 class Session:
@@ -50,6 +53,7 @@ class Session:
                 does not see ``--out`` or the source.
         """
         if self._nodes is None:
+            os.environ.setdefault(*_OOM_RETRIES)  # before Ray is imported
             if self._in_command and not self._debug:
                 _silence_native_stderr()
             if not _import_ray().is_initialized():  # a notebook may have its own
@@ -57,15 +61,21 @@ class Session:
                     _check_answers(self.address)
                 self._ours = True
                 self._init()
-            self._nodes = _live_nodes()
+            self._nodes = live_nodes()
             if self._in_command:
                 _watch_head()
             placing.preflight(self._config, self._nodes)
-            check_every_node(self._out, local_sources(self._config.data))
-            check_cuda(placing.independent(self._config.cluster, self._nodes, 1).gpus)
-            if not self._ours:
-                check_code(self._modules())
+            self._check(self._nodes)
         return self._nodes
+
+    def _check(self, nodes: Sequence[Node]) -> None:
+        """What only the nodes themselves can tell, all of it asked for at once: torch takes its time to be imported."""
+        until = time.monotonic() + _CHECKS_TIMEOUT_S
+        cuda = ask_for_cuda(placing.independent(self._config.cluster, nodes, 1).gpus)
+        check_every_node(self._out, local_sources(self._config.data), until)
+        check_cuda(cuda, until)
+        if not self._ours:
+            check_code(self._modules(), until)
 
     def _init(self) -> None:
         """``ray.init``, which replaces the handler of SIGTERM by one that exits with 15, at once and for good."""
@@ -209,15 +219,26 @@ def local_sources(data: DataBase) -> dict[str, str]:
     return {f"data.{key}": place for key, place in found.items()}
 
 
-def check_every_node(out: Folder, sources: Mapping[str, str]) -> None:
-    """Where there is more than one node: each must read a token from ``out``, write one back, and read the sources.
+def nodes_to_check(nodes: Sequence[Mapping[str, Any]], here: str) -> list[Mapping[str, Any]]:
+    """Of ``ray.nodes()`` those that will work; none where that is the node ``here`` alone, which needs no proof.
+
+    A head that takes no work leaves one such node, which is not here.
+    """
+    working = [node for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
+    return [] if [node["NodeID"] for node in working] == [here] else working
+
+
+def check_every_node(out: Folder, sources: Mapping[str, str], until: float) -> None:
+    """Where other nodes work than this one: each must read a token from ``out``, write one back, and read the sources.
+
+    ``until`` is of ``time.monotonic()``: a mount that hangs answers never.
 
     Raises:
-        UserError: names the node and the path that it does not share.
+        UserError: names the node and the path that it does not share, or the node that is silent.
     """
     ray = _import_ray()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
-    if len(nodes) < 2:
+    nodes = nodes_to_check(ray.nodes(), ray.get_runtime_context().get_node_id())
+    if not nodes:
         return
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -230,14 +251,18 @@ def check_every_node(out: Folder, sources: Mapping[str, str]) -> None:
         answer = task.options(scheduling_strategy=here).remote(out, token, f"{token}-{node['NodeID']}", sources)
         names[answer] = (node["NodeManagerAddress"], f"{token}-{node['NodeID']}")
     try:
-        done, late = ray.wait(list(names), num_returns=len(names), timeout=_NODE_CHECK_TIMEOUT_S)
-        if late:
-            raise UserError(f"cluster: node {names[late[0]][0]} did not answer within {_NODE_CHECK_TIMEOUT_S:.0f} s")
+        done, late = ray.wait(list(names), num_returns=len(names), timeout=_left(until))
         for answer in done:
             address, written = names[answer]
             problem = ray.get(answer) or (None if out.exists(written) else f"--out {out}: is a folder of its own there")
             if problem:
                 raise UserError(f"node {address}: {problem}: use storage that every node sees under the same path")
+        if late:
+            places = ", ".join([f"--out {out}", *(f"{key} {place}" for key, place in sources.items())])
+            raise UserError(
+                f"cluster: node {names[late[0]][0]} did not say within {_CHECKS_TIMEOUT_S:.0f} s whether it sees "
+                f"{places}: look there whether a mount hangs, or run the command again"
+            )
     finally:
         for name in (token, *(written for _, written in names.values())):
             out.delete(name)
@@ -265,23 +290,32 @@ def _sees(out: Folder, token: str, written: str, sources: Mapping[str, str]) -> 
     return None
 
 
-def check_cuda(gpus: float) -> None:
+def _left(until: float) -> float:
+    return max(0.0, until - time.monotonic())
+
+
+def ask_for_cuda(gpus: float) -> Any:
+    """Where workers get GPUs, the task that looks at their torch, for ``check_cuda``; else None."""
+    return _import_ray().remote(num_cpus=1, num_gpus=gpus)(worker_device).remote() if gpus else None
+
+
+def check_cuda(asked: Any, until: float) -> None:
     """Where workers get GPUs: their torch must be a CUDA build.
 
     Raises:
         UserError: it is not.
     """
-    if gpus:
+    if asked is not None:
         ray = _import_ray()
         try:
-            ray.get(ray.remote(num_cpus=1, num_gpus=gpus)(worker_device).remote(), timeout=_NODE_CHECK_TIMEOUT_S)
+            ray.get(asked, timeout=_left(until))
         except ray.exceptions.GetTimeoutError:
             return  # the GPUs are busy with other work: the stages wait for them as anyone does
         except Exception as error:
             raise as_run_error("cluster", error) from error
 
 
-def check_code(modules: Sequence[str]) -> None:
+def check_code(modules: Sequence[str], until: float) -> None:
     """Where Ray was there before the run, so that no code travelled with it: its workers must see the same code.
 
     Raises:
@@ -292,10 +326,10 @@ def check_code(modules: Sequence[str]) -> None:
     ray = _import_ray()
     here = [usercode.fingerprint(module, "import") for module in modules]
     try:
-        there = ray.get(ray.remote(num_cpus=0)(_seen).remote(modules), timeout=_NODE_CHECK_TIMEOUT_S)
+        there = ray.get(ray.remote(num_cpus=0)(_seen).remote(modules), timeout=_left(until))
     except ray.exceptions.GetTimeoutError:
-        late = f"no worker said within {_NODE_CHECK_TIMEOUT_S:.0f} s what it sees of {modules[0]}"
-        raise UserError(f"cluster: {late}") from None
+        late = f"no worker said within {_CHECKS_TIMEOUT_S:.0f} s what it sees of {modules[0]}"
+        raise UserError(f"cluster: {late}: run the command again") from None
     for module, ours, theirs in zip(modules, here, there, strict=True):
         if ours != theirs:
             what = "do not find it" if theirs is None else "have other source of it than is here"
@@ -323,20 +357,37 @@ def data() -> Any:
     return ray.data
 
 
-def as_run_error(stage: str, error: BaseException) -> RunError | UserError:
+def as_run_error(stage: str, error: BaseException, lower: str | None = None) -> RunError | UserError:
     """What a failed stage tells the user, in one line.
 
     Ray wraps what a worker raised, sometimes twice; the innermost cause is what happened. Our own errors keep their
-    class, so also their exit code.
+    class, so also their exit code. ``lower`` is the key that decides how much memory a worker takes: on Linux memory
+    that is not there is given all the same, and whoever uses it is killed, by Ray or by the kernel.
     """
     chain = list(_causes(error))
     for cause in reversed(chain):
         if type(cause) in (UserError, RunError):
             ours = str(cause).partition("\n")[0].rstrip()  # Ray Data adds lines about its own retries
             return type(cause)(f"{stage}: {ours}")  # type: ignore[return-value]
+    if killed := _why_killed(chain):
+        mend = f"lower {lower}" if lower is not None else "give the node more memory"
+        return RunError(f"{stage} failed: {killed}: {mend}; finished work is kept, the same command continues")
     lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
     reason = f"{type(chain[-1]).__name__}: {lines[-1]}" if lines else type(chain[-1]).__name__
     return RunError(f"{stage} failed: {reason}; finished work is kept, the same command continues")
+
+
+def _why_killed(chain: Sequence[BaseException]) -> str | None:
+    """Where a worker's process ended without a word, what has most likely happened; else None."""
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, WorkerCrashedError
+
+    if any(isinstance(cause, OutOfMemoryError) for cause in chain):
+        return "out of memory, Ray killed a worker before its node had none left"
+    # Ray's words for a process whose connection broke; those of an actor that failed or whose node died are others.
+    silent = any(isinstance(c, ActorDiedError) and "OOM killer" in str(c) for c in chain)
+    if silent or any(isinstance(cause, WorkerCrashedError) for cause in chain):
+        return "a worker was killed, most likely by the kernel for want of memory (dmesg says so), or it crashed"
+    return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -345,12 +396,17 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while current is not None and id(current) not in seen:
         seen.add(id(current))
         yield current
-        current = getattr(current, "cause", None) or current.__cause__ or _first_worker_failure(current)
+        current = getattr(current, "cause", None) or current.__cause__ or _failure_within(current)
 
 
-def _first_worker_failure(error: BaseException) -> BaseException | None:
+def _failure_within(error: BaseException) -> BaseException | None:
+    """What Ray Train keeps beside its errors' texts; of a group a lost worker, of which the others only lost sight."""
     failures = getattr(error, "worker_failures", None)
-    return next(iter(failures.values()), None) if isinstance(failures, dict) else None
+    if isinstance(failures, dict):
+        lost = [failure for failure in failures.values() if hasattr(failure, "health_check_failure")]
+        return next(iter([*lost, *failures.values()]), None)
+    within = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
+    return within if isinstance(within, BaseException) else None
 
 
 @cache
@@ -382,7 +438,8 @@ def worker_device() -> Any:
     return torch.device("cuda")
 
 
-def _live_nodes() -> list[Node]:
+def live_nodes() -> list[Node]:
+    """What the cluster has now."""
     found = [node["Resources"] for node in _import_ray().nodes() if node["Alive"]]
     return [
         Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0), resources.get("memory", math.inf))

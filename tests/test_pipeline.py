@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,16 +17,17 @@ from safetensors.torch import load_file
 
 import distill_ray
 from distill_ray import config as configs
-from distill_ray.config import CeLoss
+from distill_ray.config import CeLoss, MlpModel, TrainConfig
 from distill_ray.inference import logits_of
 from distill_ray.models.saved import ModelSpec
-from distill_ray.stages.model_folder import model_spec
+from distill_ray.stages.model_folder import finish, model_spec
 from distill_ray.storage import Folder
 from distill_ray.store import StoredSplit, open_store, read_split
 from distill_ray.training import FitSpec, Worker, fit
 from tests.conftest import SmallRun
-from tests.harness import SMALL_RUN, environment, only, write_config
+from tests.harness import SMALL_RUN, environment, epochs_done, kill_workers, only, write_config
 from tests.harness import distill_ray as command
+from tests.stores import make_data
 
 STUDENT_KEYS = {"accuracy", "kl_to_teacher", "agreement", "ece", "parameters", "bytes", "latency_ms", "seconds"}
 
@@ -222,3 +224,43 @@ def test_two_data_parallel_workers_train_the_same_teacher(small_run: SmallRun, t
         for folder in (alone, pair)
     ]
     assert np.allclose(curves[0], curves[1], rtol=1e-3)
+
+
+def test_two_data_parallel_workers_train_the_same_students_though_one_is_killed(own_copy: SmallRun) -> None:
+    """Each student and control on both workers, one after another; the group that lost one goes on from its epoch."""
+    alone = {row["folder"].split("/")[-1]: row for row in own_copy.finished.answer["rows"][1:]}
+    curves = {name: _curve(own_copy.out / "artifacts" / name) for name in alone}
+    for name in alone:
+        shutil.rmtree(own_copy.out / "artifacts" / name)
+    two = ["cluster.student_workers=2", "cluster.cpus_per_worker=1"]
+    done, killed = kill_workers(
+        ["run", own_copy.config, *two, "--out", own_copy.out, "--json"],
+        [(lambda: epochs_done(own_copy.out, "student") >= 2, "RayTrainWorker")],
+    )
+    assert done.code == 0, done.stderr
+    assert len(killed) == 1
+    assert [stage["status"] for stage in done.answer["stages"]] == ["reused", "reused", "reused", "ran", "ran"]
+    for row in done.answer["rows"][1:]:
+        folder = Path(row["folder"])
+        resolved = yaml.safe_load((folder / "config.yaml").read_text())["resolved"]
+        assert (resolved["workers"], resolved["threads"]) == (2, 1)
+        assert not list(folder.glob("failure.json"))
+        assert np.allclose(_curve(folder), curves[folder.name], rtol=1e-3)
+        assert row["accuracy"] == pytest.approx(alone[folder.name]["accuracy"], abs=0.02)
+
+
+def _curve(folder: Path) -> list[float]:
+    return [json.loads(line)["train_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_test_metrics_are_measured_in_exact_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finishes a student has not trained it: fit() cannot have seen to it there."""
+    data, folder, cpu = make_data(tmp_path), Folder.at(tmp_path / "student"), torch.device("cpu")
+    model = model_spec(data.data_manifest, MlpModel(name="mlp", hidden=(4,)))
+    spec = FitSpec(model, TrainConfig(epochs=1, batch_size=12), CeLoss(name="ce"), 0, "fp32")
+    result = fit(spec, read_split(data, "train"), read_split(data, "validation"), folder, Worker())
+    assert result is not None
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    finish(folder, model, result, data, None, cpu, {})
+    assert not torch.backends.cudnn.allow_tf32
+    assert folder.read_json("summary.json")["test_rows"] == 12

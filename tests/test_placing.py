@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,35 @@ def test_independent(nodes: list[Node], keys: dict[str, Any], most: int, workers
 )
 def test_students(nodes: list[Node], students: int, expected: Placement) -> None:
     assert placing.student(_cluster(), nodes, students) == expected
+
+
+def test_students_of_several_workers_are_placed_as_a_teacher_is() -> None:
+    nodes = [Node(8, 0, 64e9), Node(8, 0, 64e9)]
+    group = placing.student(_cluster(student_workers=4), nodes, 6)
+    assert group == replace(placing.training(_cluster(workers=4), nodes), key="cluster.student_workers")
+    assert (group.workers, group.cpus) == (4, 4)
+    # A whole GPU each: NCCL takes no two ranks on one.
+    on_gpus = placing.student(_cluster(student_workers=2, gpus_per_worker=0.5), [Node(8, 2)], 6)
+    assert (on_gpus.workers, on_gpus.gpus) == (2, 1)
+
+
+def test_more_workers_a_student_than_there_is_room_for_are_refused_before_any_work() -> None:
+    wanted = from_dict(SMALL_RUN | {"cluster": {"student_workers": 3}})
+    with pytest.raises(UserError, match=r"cluster: 3 worker.* has 2 CPUs / 0 GPUs: lower cluster\.student_workers"):
+        placing.preflight(wanted, [Node(2, 0)])
+    placing.preflight(wanted, [Node(2, 0), Node(1, 0)])
+
+
+def test_what_decides_the_order_of_rows_is_the_same_on_any_number_of_workers() -> None:
+    """`shuffle: auto` weighs the data against this share of the memory, and its answer is no part of a digest."""
+    nodes = [Node(8, 0, 64e9), Node(4, 0, 16e9), Node(0, 0, 1e9)]
+    placements = [
+        *(placing.training(_cluster(workers=workers), nodes) for workers in ("auto", 1, 2, 12, [1, 4])),
+        *(placing.student(_cluster(student_workers=workers), nodes, 6) for workers in (1, 4)),
+        *(placing.independent(_cluster(), nodes, trials) for trials in (1, 100)),
+    ]
+    assert {placement.share_bytes for placement in placements} == {4e9}
+    assert {placement.room_bytes for placement in placements} > {4e9}
 
 
 @settings(deadline=None)

@@ -142,15 +142,18 @@ def open_split(
         return read_split(data, split, labels)
 
 
-def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Store | None, room_bytes: float) -> str:
-    """How this folder was started; at its first start ``whole`` where all rows fit in half of ``room_bytes``."""
+def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Store | None, share_bytes: float) -> str:
+    """How this folder was started; at its first start ``whole`` where all rows fit in half of ``share_bytes``.
+
+    The order of the rows hangs on it, so it must not hang on the number of workers: see ``Placement.share_bytes``.
+    """
     if before := recorded(folder).get("shuffle"):
         return str(before)
     if train.shuffle != "auto":
         return train.shuffle
     stores = [data] if labels is None else [data, labels]
     size = sum(shard.bytes for store in stores for shard in store.manifest.shards if shard.split != "test")
-    return "whole" if size <= room_bytes / 2 else "window"
+    return "whole" if size <= share_bytes / 2 else "window"
 
 
 def finish(
@@ -170,6 +173,7 @@ def finish(
     if finished_weights(folder) is not None:
         return
     names_code = isinstance(spec.model, ImportedModel)  # the command asked for permission
+    precision.exact_fp32()
     with profiling.phase("evaluation"):
         model = load_model(folder, expected_sha256=result.weights_sha256, allow_import=names_code).to(device)
         quality = metrics.evaluate(model, read_shards(data, "test", labels), _EVALUATION_BATCH, "fp32", device)

@@ -25,8 +25,8 @@ _STOP_TIMEOUT_S = "60"
 def job_of(inputs: Inputs, placement: Placement) -> dict[str, Any]:
     """What every trial is sent: the config and where the two stores are. No teacher."""
     return {
-        "config": to_dict(inputs.config), "out": inputs.out, "threads": placement.cpus, "room_bytes":
-        placement.room_bytes, "data": inputs.data, "labels": inputs.labels,
+        "config": to_dict(inputs.config), "out": inputs.out, "threads": placement.cpus, "share_bytes":
+        placement.share_bytes, "data": inputs.data, "labels": inputs.labels,
     }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         return
     try:
         with artifacts.exclusive(trial.stage, _do_not_wait):
-            _fit(trial.config, trial.stage, inputs, job["threads"], job["room_bytes"])
+            _fit(trial.config, trial.stage, inputs, job["threads"], job["share_bytes"])
     except _TakenError:
         # Waiting would hold a CPU, for ever where the other is a stopped trial whose actor idles. The row of this
         # trial is read from the shared folder at the end.
@@ -58,7 +58,7 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         _report(len(_history(trial.stage)), 0.0, reason=_reason(error))
 
 
-def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, room_bytes: float) -> None:
+def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, share_bytes: float) -> None:
     from distill_ray.stages import model_folder
     from distill_ray.training import Worker, fit
 
@@ -71,7 +71,7 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, room_bytes
     data = opening.data_store(inputs.config, inputs.data)
     spec = model_folder.student_spec(data.data_manifest, section, section.loss, seed, target.folder, device)
     labels = opening.label_store(inputs.config, inputs.labels, data)
-    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, room_bytes)
+    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, share_bytes)
     where = {"precision": spec.precision, "shuffle": shuffle, "threads": threads, "device": device.type}
     write_stage_config(target, to_dict(section) | {"seed": seed}, where)
     window_rows = spec.train.window_rows if shuffle == "window" else None

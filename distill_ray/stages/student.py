@@ -1,16 +1,16 @@
 """student: fit() from the two stores, for every seed, with the CE-only control beside it. No teacher in the process.
 
-Students of one worker are Ray tasks side by side; each is finished (test metrics, latency) alone, one after the other,
-so that no latency is measured while another model trains.
+Students of one worker are Ray tasks side by side, those of several go through Ray Train as the teacher, one after
+another; each is finished (test metrics, latency) alone, so that no latency is measured while another model trains.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter
 
@@ -19,9 +19,12 @@ from distill_ray.artifacts import Stage
 from distill_ray.config import CeLoss, Config, KdLoss, LossConfig, digest_payload, from_dict, to_dict
 from distill_ray.errors import UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import entry, label, opening, prepare, progress, teacher
+from distill_ray.stages import data_parallel, entry, label, opening, prepare, progress, teacher
 from distill_ray.stages.context import Context, Outcome, tracking_id, write_stage_config
 from distill_ray.storage import Folder
+
+if TYPE_CHECKING:
+    from distill_ray.training import Worker
 
 _POLL_S = 0.3
 _MAX_RETRIES = 3  # of a task whose worker or node died; it continues from the last epoch
@@ -121,32 +124,69 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
     source = opening.data_store(context.config, data)
     placement = placing.student(context.config.cluster, context.session.start(), wanted)
     model_folder.check_model("student", source.data_manifest, context.config.student, placement)
-    options = {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_retries": _MAX_RETRIES}
     before = {student.stage.digest: len(progress.read_history(student.stage.folder)) for student in todo}
-    started, asked_at = time.perf_counter(), time.time()
+    started = time.perf_counter()
     jobs = {student.stage.digest: _job(context.config, data, labels, student, placement) for student in todo}
+    if placement.workers > 1:
+        _train_in_groups(context, todo, jobs, placement)
     try:
-        fit_task = ray.remote(**options)(train_student)
-        running = {fit_task.remote(jobs[student.stage.digest]): student for student in todo}
-        _follow(context, running)
-        at_once = max(1, min(len(todo), context.session.cpus // placement.cpus))
-        context.profile.add_workers("student", asked_at, ray.get(list(running)), at_once)
-        finish_task = ray.remote(**options)(finish_student)
+        if placement.workers == 1:
+            _train_side_by_side(context, todo, jobs, placement)
+        finish_task = ray.remote(**_task_options(placement))(finish_student)
         for student in todo:  # one at a time: latency is measured alone
             asked_at = time.time()
             profile, seconds = ray.get(finish_task.remote(jobs[student.stage.digest]))
             context.profile.add_workers("student", asked_at, [profile], 1)
             _record(context, student, before[student.stage.digest], seconds)
     except Exception as error:
-        raise runtime.as_run_error("student", error) from error
+        raise runtime.as_run_error("student", error, "student.train.batch_size") from error
     context.profile.add_stage("student", time.perf_counter() - started)
+
+
+def _task_options(placement: Placement) -> dict[str, Any]:
+    return {"num_cpus": placement.cpus, "num_gpus": placement.gpus, "max_retries": _MAX_RETRIES}
+
+
+def _train_side_by_side(
+    context: Context, todo: Sequence[Student], jobs: Mapping[str, Mapping[str, Any]], placement: Placement
+) -> None:
+    import ray
+
+    asked_at = time.time()
+    fit_task = ray.remote(**_task_options(placement))(train_student)
+    running = {fit_task.remote(jobs[student.stage.digest]): student for student in todo}
+    _follow(context, running)
+    at_once = max(1, min(len(todo), context.session.cpus // placement.cpus))
+    context.profile.add_workers("student", asked_at, ray.get(list(running)), at_once)
+
+
+def _train_in_groups(
+    context: Context, todo: Sequence[Student], jobs: Mapping[str, Mapping[str, Any]], placement: Placement
+) -> None:
+    """Each by all of the workers, one after another."""
+    epochs = context.config.student.train.epochs
+    with context.reporter.progress("students", epochs * len(todo)) as bar:
+        for number, student in enumerate(todo):
+            follower = _follower(context, student, bar)
+
+            def poll(number: int = number, follower: progress.Follower = follower) -> None:
+                follower.poll()
+                note = f"epochs  {number + 1} of {len(todo)} training on {placement.workers} workers"
+                bar.update(epochs * number + follower.epochs, note)
+
+            asked_at, job = time.time(), jobs[student.stage.digest]
+            profile = data_parallel.train(
+                "student", student.stage, _train_in_group, job, placement, poll, context.reporter.line
+            )
+            if profile is not None:
+                context.profile.add_workers("student", asked_at, [profile], 1)
 
 
 def _job(config: Config, data: Stage, labels: Stage, student: Student, placement: Placement) -> dict[str, Any]:
     return {
         "config": to_dict(config), "data": data, "labels": labels, "seed": student.seed,
         "loss": to_dict(student.loss), "stage": student.stage, "threads": placement.cpus,
-        "room_bytes": placement.room_bytes,
+        "share_bytes": placement.share_bytes,
     }  # fmt: skip
 
 
@@ -207,12 +247,31 @@ def _train_student(job: Mapping[str, Any]) -> None:
     config, target, device = _unpack(job)
     data, labels = _stores(config, job)
     spec = model_folder.student_spec(data.data_manifest, config.student, _loss(job), job["seed"], target.folder, device)
-    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, job["room_bytes"])
+    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, job["share_bytes"])
     where = {"precision": spec.precision, "shuffle": shuffle, "threads": job["threads"], "device": device.type}
-    section = to_dict(config.student) | {"loss": job["loss"], "seed": job["seed"]}
-    write_stage_config(target, section, where)
+    write_stage_config(target, _section(config, job), where)
     splits = [model_folder.open_split(data, split, labels, spec.train, shuffle) for split in ("train", "validation")]
     fit(spec, splits[0], splits[1], target.folder, Worker(threads=job["threads"], device=device))
+
+
+def _train_in_group(job: Mapping[str, Any], worker: Worker, must_save: Callable[[], bool]) -> None:
+    """Runs in each worker of the group that trains one student."""
+    with profiling.phase("start-up"):
+        from distill_ray.stages import model_folder
+
+    config, target = from_dict(job["config"]), job["stage"]
+    data, labels = _stores(config, job)
+    train, share_bytes = config.student.train, job["share_bytes"]
+    resolved, shuffle = data_parallel.agree(worker, target.folder, train, data, labels, share_bytes)
+    spec = model_folder.student_spec(
+        data.data_manifest, config.student, _loss(job), job["seed"], target.folder, worker.device
+    )
+    spec = replace(spec, precision=resolved)  # rank 0's
+    data_parallel.fit(target, _section(config, job), spec, data, labels, shuffle, worker, must_save)
+
+
+def _section(config: Config, job: Mapping[str, Any]) -> dict[str, Any]:
+    return to_dict(config.student) | {"loss": job["loss"], "seed": job["seed"]}
 
 
 def finish_student(job: Mapping[str, Any]) -> tuple[dict[str, Any], float]:
