@@ -475,7 +475,6 @@ def _import_ray() -> Any:
     # Read by ray at import or at the start of its processes. setdefault: the user's own choice stands.
     # Ray Train's end waits for this poll, 2 s by default; at 0.1 s the polls took 4 % of two CPUs.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_task_oom_retries", "10")  # without an end by default, and not counted as retries
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray

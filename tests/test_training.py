@@ -20,6 +20,7 @@ from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfi
 from distill_ray.errors import RunError
 from distill_ray.models import ModelSpec, load_classifier
 from distill_ray.optimizing import lr_factor
+from distill_ray.stages import progress
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays
 from distill_ray.training import FitResult, FitSpec, Worker, fit
@@ -218,6 +219,25 @@ def test_the_best_epochs_file_alone_damaged_costs_that_epoch_and_no_other(tmp_pa
         assert torch.equal(last.model[name], undisturbed.model[name])
     assert _fit(spec, tmp_path / "hurt", on_note=notes.append) == again
     assert len(notes) == 1
+
+
+def test_what_was_lost_reaches_the_one_who_follows_the_training(tmp_path: Path) -> None:
+    """A worker's log is seen by nobody: its note lies in the folder until it is passed on, once."""
+    spec, folder = _spec(epochs=3, lr=1e-12, schedule="constant"), Folder.at(tmp_path)
+    rows, notes = list[dict[str, float]](), list[str]()
+    follower = progress.Follower(folder, rows.append, notes.append)
+    with pytest.raises(Killed):
+        _fit(spec, tmp_path, on_epoch=_kill_after(2))
+    follower.poll()
+    assert (len(rows), notes) == (2, [])
+    _damage(tmp_path, 1)
+    _fit(spec, tmp_path, on_note=progress.note_for_driver(folder))
+    follower.poll()
+    follower.poll()
+    assert len(rows) == 3
+    (note,) = notes
+    assert "the weights of epoch 1, the best until then, are lost" in note
+    assert "note.txt" not in folder.names()
 
 
 def test_a_better_epoch_after_the_best_was_lost_is_the_best(tmp_path: Path) -> None:

@@ -283,7 +283,7 @@ def fit(
     import ray.train
 
     from distill_ray import training
-    from distill_ray.stages import model_folder
+    from distill_ray.stages import model_folder, progress
 
     if worker.rank == 0:
         where = {
@@ -300,6 +300,7 @@ def fit(
         worker,
         last.update,
         must_save,
+        progress.note_for_driver(target.folder),
     )
     ray.train.report(last)  # once: each report waits for the controller's next look at the workers
     return result

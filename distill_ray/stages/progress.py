@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 
 from distill_ray import artifacts
 from distill_ray.artifacts import METRICS_FILE, WEIGHTS_FILE, History, Stage
 from distill_ray.storage import Folder
+
+_NOTE_FILE = "note.txt"
 
 
 def is_whole(target: Stage) -> bool:
@@ -29,11 +32,18 @@ def _sha256(folder: Folder, name: str) -> str:
     return hashlib.sha256(folder.buffer(name)).hexdigest()
 
 
-class Follower:
-    """Reads the lines that training adds to ``metrics.jsonl`` of a folder, wherever the worker is."""
+def note_for_driver(folder: Folder) -> Callable[[str], None]:
+    """What a worker tells the one who follows it: ``on_note`` of training.fit, since its log is seen by nobody."""
+    return lambda text: folder.write_text(_NOTE_FILE, text)
 
-    def __init__(self, folder: Folder, on_row: Callable[[dict[str, float]], None]) -> None:
-        self._folder, self._on_row = folder, on_row
+
+class Follower:
+    """Reads the lines that training adds to ``metrics.jsonl`` of a folder, wherever the worker is; and its note."""
+
+    def __init__(
+        self, folder: Folder, on_row: Callable[[dict[str, float]], None], on_note: Callable[[str], None]
+    ) -> None:
+        self._folder, self._on_row, self._on_note = folder, on_row, on_note
         self._seen = len(read_history(folder))
 
     @property
@@ -44,9 +54,16 @@ class Follower:
     def poll(self) -> None:
         """Hand on the rows that are new since the last call."""
         history = read_history(self._folder)
+        if len(history) > self._seen:  # not at each look: an object store is asked once less
+            self._pass_note_on()
         for row in history[self._seen :]:
             self._on_row(row)
         self._seen = max(self._seen, len(history))
+
+    def _pass_note_on(self) -> None:
+        with suppress(FileNotFoundError):
+            self._on_note(self._folder.read_bytes(_NOTE_FILE).decode())
+            self._folder.delete(_NOTE_FILE)
 
 
 def read_history(folder: Folder) -> History:

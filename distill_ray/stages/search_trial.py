@@ -82,7 +82,8 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, share_byte
         if not _is_over(history, section):  # the last is told when the model is written: a report can be the end
             _report(int(row["epoch"]), _best(history))
 
-    fit(spec, train, validation, target.folder, Worker(threads=threads, device=device), on_epoch)
+    on_note = progress.note_for_driver(target.folder)
+    fit(spec, train, validation, target.folder, Worker(threads=threads, device=device), on_epoch, on_note=on_note)
     _report(section.train.epochs, _best(_history(target)))
 
 

@@ -49,7 +49,7 @@ class Watch:
         key, section = folder.name, to_dict(plan.config.student) | {"role": "student"}
         self._open.add(key)
         self._context.tracker.start(key, run_id=tracking_id(folder), name=key, job_type="trial", config=section)
-        return progress.Follower(folder, lambda row: self._context.tracker.log(key, row))
+        return progress.Follower(folder, lambda row: self._context.tracker.log(key, row), self._context.reporter.warn)
 
     def result(self, trial_id: str, result: Mapping[str, Any]) -> None:
         """A trial reports an epoch, or why there is none."""

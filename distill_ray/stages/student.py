@@ -218,7 +218,7 @@ def _follower(context: Context, student: Student, bar: Any) -> Any:
     context.tracker.start(
         key, run_id=tracking_id(student.stage.folder), name=student.title, job_type=student.role, config=section
     )
-    return progress.Follower(student.stage.folder, lambda row: context.tracker.log(key, row))
+    return progress.Follower(student.stage.folder, lambda row: context.tracker.log(key, row), context.reporter.warn)
 
 
 def _record(context: Context, student: Student, epochs_before: int, finish_seconds: float) -> None:
@@ -251,7 +251,8 @@ def _train_student(job: Mapping[str, Any]) -> None:
     where = {"precision": spec.precision, "shuffle": shuffle, "threads": job["threads"], "device": device.type}
     write_stage_config(target, _section(config, job), where)
     splits = [model_folder.open_split(data, split, labels, spec.train, shuffle) for split in ("train", "validation")]
-    fit(spec, splits[0], splits[1], target.folder, Worker(threads=job["threads"], device=device))
+    worker, on_note = Worker(threads=job["threads"], device=device), progress.note_for_driver(target.folder)
+    fit(spec, splits[0], splits[1], target.folder, worker, on_note=on_note)
 
 
 def _train_in_group(job: Mapping[str, Any], worker: Worker, must_save: Callable[[], bool]) -> None:

@@ -99,7 +99,7 @@ def _make(context: Context, data: Stage, target: Stage) -> None:
             bar.update(row["epoch"], progress.epoch_note(row))
             context.tracker.log(key, row)
 
-        follower = progress.Follower(target.folder, on_row)
+        follower = progress.Follower(target.folder, on_row, context.reporter.warn)
         bar.update(follower.epochs)
         asked_at = time.time()
         profile = data_parallel.train(
