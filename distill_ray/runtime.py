@@ -372,20 +372,21 @@ def as_run_error(stage: str, error: BaseException, lower: str | None = None) -> 
     if killed := _why_killed(chain):
         mend = f"lower {lower}" if lower is not None else "give the node more memory"
         return RunError(f"{stage} failed: {killed}: {mend}; finished work is kept, the same command continues")
-    lines = [line.strip() for line in str(chain[-1]).splitlines() if line.strip()]
-    reason = f"{type(chain[-1]).__name__}: {lines[-1]}" if lines else type(chain[-1]).__name__
+    last = next((cause for cause in reversed(chain) if str(cause).strip()), chain[-1])  # Ray Data's own says nothing
+    lines = [line.strip() for line in str(last).splitlines() if line.strip()]
+    reason = f"{type(last).__name__}: {lines[-1]}" if lines else type(last).__name__
     return RunError(f"{stage} failed: {reason}; finished work is kept, the same command continues")
 
 
 def _why_killed(chain: Sequence[BaseException]) -> str | None:
     """Where a worker's process ended without a word, what has most likely happened; else None."""
-    from ray.exceptions import ActorDiedError, OutOfMemoryError, WorkerCrashedError
+    from ray.exceptions import ActorDiedError, ActorUnavailableError, OutOfMemoryError, WorkerCrashedError
 
     if any(isinstance(cause, OutOfMemoryError) for cause in chain):
         return "out of memory, Ray killed a worker before its node had none left"
     # Ray's words for a process whose connection broke; those of an actor that failed or whose node died are others.
     silent = any(isinstance(c, ActorDiedError) and "OOM killer" in str(c) for c in chain)
-    if silent or any(isinstance(cause, WorkerCrashedError) for cause in chain):
+    if silent or any(isinstance(cause, WorkerCrashedError | ActorUnavailableError) for cause in chain):
         return "a worker was killed, most likely by the kernel for want of memory (dmesg says so), or it crashed"
     return None
 

@@ -38,7 +38,9 @@ def test_a_task_whose_process_dies_each_time(session: Session, few_retries: None
         os.kill(os.getpid(), signal.SIGKILL)
         return ""
 
-    with pytest.raises(RunError, match="prepare failed: .*; finished work is kept, the same command continues"):
+    with pytest.raises(
+        RunError, match="prepare failed: a worker was killed.*: lower data.shard_rows; finished work is kept"
+    ):
         list(shard_job.run_items("prepare", [{"n": 1}], die, {}))
 
 
@@ -56,6 +58,6 @@ def test_an_actor_whose_process_dies_each_time(session: Session, few_retries: No
 
     lives = tmp_path / "lives"
     arguments = {"place": str(lives), "when": when}
-    with pytest.raises(RunError, match="label failed: .*; finished work is kept, the same command continues"):
+    with pytest.raises(RunError, match="label failed: .*: lower labels.batch_size; finished work is kept, the same"):
         list(shard_job.run_shards("label", [{"n": 1}], Deadly, arguments, Placement(1, 1, 0)))
     assert len(lives.read_text()) > 1  # it was tried again

@@ -31,6 +31,7 @@ _RECOVERY_THREADS = 16
 RETRIES = 10
 RESTARTS = 50  # of an actor in all: nodes come and go in a long job
 _REMOTE_ORPHAN_S = 86_400.0
+_DECIDES_MEMORY = {"prepare": "data.shard_rows", "label": "labels.batch_size"}
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ def _run(
     except (DistillRayError, GeneratorExit):
         raise
     except Exception as error:
-        raise runtime.as_run_error(stage, error) from error
+        raise runtime.as_run_error(stage, error, _DECIDES_MEMORY.get(stage)) from error
 
 
 def bounded(mapping: Callable[..., Any], work: Any, **options: Any) -> Any:
