@@ -51,6 +51,11 @@ def _text(column: pa.Array) -> pa.Array:
     return column.cast(pa.large_string())
 
 
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a column of this type may be integers, of which pandas makes floats where some are missing."""
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
 def _labels(column: pa.Array) -> pa.Array:
     kind = column.type
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from distill_ray.config import ColumnsConfig, ImagesData
 from distill_ray.errors import RunError, UserError
 from distill_ray.sources import decoding, files
-from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed
+from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed, is_number
 from distill_ray.sources.base import (
     BadRow,
     Examples,
@@ -304,7 +304,7 @@ def _table(uri: str, size: int, mtime_ns: int, named: tuple[str, ...]) -> pa.Tab
             return pq.read_table(path, filesystem=filesystem)
         table = _csv(filesystem, path)
         columns = {name: table[name] for name in named if table.column_names.count(name) == 1}
-        guessed = [name for name, column in columns.items() if _is_number(column.type)]
+        guessed = [name for name, column in columns.items() if is_number(column.type)]
         texts = _csv(filesystem, path, guessed) if guessed else table
         for name in guessed:
             written = _as_written(columns[name], texts[name])
@@ -325,10 +325,6 @@ def _csv(filesystem: pafs.FileSystem, path: str, texts: Sequence[str] = ()) -> p
     )  # fmt: skip
     with filesystem.open_input_stream(path) as stream:
         return pa.csv.read_csv(stream, convert_options=convert)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _as_written(numbers: pa.ChunkedArray, texts: pa.ChunkedArray) -> pa.ChunkedArray:

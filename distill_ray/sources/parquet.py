@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from distill_ray.config import ParquetData
 from distill_ray.errors import RunError, UserError
 from distill_ray.sources import decoding, files
-from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed
+from distill_ray.sources.annotations import GROUP, ID, LABEL, SPLIT, Annotations, condensed, is_number
 from distill_ray.sources.base import BadRow, Piece, SourceInfo, check_bad_rows, described
 from distill_ray.sources.decoding import Layout
 from distill_ray.sources.files import File
@@ -126,7 +126,7 @@ class ParquetSource:
                 if pa.types.is_null(here):
                     continue
                 first, there = typed.setdefault(name, (file, here))
-                if here != there and not (key == said[LABEL] and _is_number(here) and _is_number(there)):
+                if here != there and not (key == said[LABEL] and is_number(here) and is_number(there)):
                     raise UserError(
                         f"{key}: column {name!r} is {there} in {first.uri}, but {here} in {file.uri}: give all files "
                         "one type"
@@ -387,11 +387,6 @@ class ParquetSource:
                     raise _unreadable(file, error) from None
         if at != piece.rows:
             raise RunError(f"{self.files[piece.parts[0][0]].uri}: has changed while it was read: run the command again")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    """Of labels: where a file misses some, pandas writes its integers as floats."""
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def wished(found: Layout, config: Any) -> Layout:
