@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import sys
 import threading
 import time
@@ -14,12 +13,12 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from distill_ray.errors import DistillRayError, Interrupted, RunError, UserError
+from distill_ray.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from distill_ray.console import Reporter
@@ -282,9 +281,10 @@ def _replayed(answer: dict[str, Any], rows: int, reporter: Reporter, allow_impor
 
 def main() -> None:
     """Entry point: exit codes as in the README, one line an error."""
-    for stop in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(stop, _interrupt)
+    interrupts = Interrupts()
+    interrupts.install()
     code = _guarded(sys.argv[1:])
+    interrupts.leaving()
     if code and threading.active_count() > 1:
         # A thread that an interrupted stage left waiting for Ray crashes the interpreter on its way out, now and then.
         sys.stdout.flush()
@@ -332,10 +332,6 @@ def _fail(message: str, code: int, debug: bool) -> int:
         print(json.dumps({"error": line, "exit_code": code}), flush=True)
     print(f"distill-ray: {line}", file=sys.stderr, flush=True)
     return code
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -323,7 +323,7 @@ def test_a_trained_trial_only_reports(
     run_trial: Callable[..., tuple[Reports, Folder]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, _ = run_trial(6.0)
-    monkeypatch.setattr(training, "fit", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("trained again"))
     again, _ = run_trial(6.0)
     assert again.rows == first.rows
 
@@ -331,7 +331,7 @@ def test_a_trained_trial_only_reports(
 def test_a_trial_that_raises_says_why(
     run_trial: Callable[..., tuple[Reports, Folder]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(*_: Any) -> None:
+    def diverge(*_: Any, **__: Any) -> None:
         raise RunError("the loss is not finite at step 3")
 
     monkeypatch.setattr(training, "fit", diverge)
