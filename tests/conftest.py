@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from tests.harness import SMALL_RUN, Finished, distill_ray, write_config
+
+# A shell without job control starts `make test &` with SIGINT ignored, nohup with SIGHUP: the commands that the tests
+# start would inherit that, and no test could interrupt them.
+for _stop in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_stop) is signal.SIG_IGN:
+        signal.signal(_stop, signal.default_int_handler if _stop is signal.SIGINT else signal.SIG_DFL)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,9 @@ GLYPHS = torch.zeros(2, 1, 32, 32)
 class Net(nn.Module):
     """The network of MLP, as somebody else would write it; ``softmax``: it gives probabilities."""
 
-    def __init__(self, softmax: bool = False, classes: int = CLASSES) -> None:
+    def __init__(self, softmax: bool = False, classes: int = CLASSES, features: int = 16, hidden: int = 6) -> None:
         super().__init__()
-        self.linears = nn.ModuleList([nn.Linear(16, 6), nn.Linear(6, classes)])
+        self.linears = nn.ModuleList([nn.Linear(features, hidden), nn.Linear(hidden, classes)])
         self.softmax = softmax
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,14 @@ def exported(net: nn.Module, rows: int | None = None, example: torch.Tensor | No
     return target.getvalue()
 
 
-def onnx_of(net: Net, rows: int | str = "rows", takes: str = "FLOAT", labelled: bool = False) -> bytes:
+def onnx_of(
+    net: Net,
+    rows: int | str = "rows",
+    takes: str = "FLOAT",
+    labelled: bool = False,
+    shape: tuple[int, ...] = SHAPE,
+    classes: int = CLASSES,
+) -> bytes:
     """Built by hand: torch's own exporter needs more packages. ``labelled``: as classifiers of sklearn are converted,
     the best class before the probabilities."""
     onnx = pytest.importorskip("onnx")
@@ -102,7 +109,7 @@ def onnx_of(net: Net, rows: int | str = "rows", takes: str = "FLOAT", labelled: 
         helper.make_node("Gemm", ["hidden", "linears_1_weight", "linears_1_bias"], ["scores"], transB=1),
     ]
     kind = onnx.TensorProto.FLOAT
-    outputs = [helper.make_tensor_value_info("scores", kind, [rows, CLASSES])]
+    outputs = [helper.make_tensor_value_info("scores", kind, [rows, classes])]
     if labelled:
         nodes += [
             helper.make_node("ArgMax", ["scores"], ["label"], axis=1, keepdims=0),
@@ -110,10 +117,10 @@ def onnx_of(net: Net, rows: int | str = "rows", takes: str = "FLOAT", labelled: 
         ]
         outputs = [
             helper.make_tensor_value_info("label", onnx.TensorProto.INT64, [rows]),
-            helper.make_tensor_value_info("soft", kind, [rows, CLASSES]),
+            helper.make_tensor_value_info("soft", kind, [rows, classes]),
         ]
     graph = helper.make_graph(
-        nodes, "net", [helper.make_tensor_value_info("x", getattr(onnx.TensorProto, takes), [rows, *SHAPE])], outputs,
+        nodes, "net", [helper.make_tensor_value_info("x", getattr(onnx.TensorProto, takes), [rows, *shape])], outputs,
         [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in weights.items()],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
