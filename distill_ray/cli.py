@@ -106,9 +106,11 @@ def _carry_out(
 
 
 def _run(context: Context) -> dict[str, Any]:
-    from distill_ray.stages import pipeline
+    from distill_ray.stages import pipeline, report
 
-    return pipeline.run(context) | {"table": f"{context.config.name}: test split"}
+    answer = pipeline.run(context)
+    shown = {"table": f"{context.config.name}: test split", "verdict": report.verdict_in_short(answer["rows"])}
+    return answer | shown
 
 
 def _stage(name: str) -> Callable[[Context], dict[str, Any]]:
@@ -125,12 +127,13 @@ def _stage(name: str) -> Callable[[Context], dict[str, Any]]:
 def _show(answer: dict[str, Any], options: _Options) -> None:
     from distill_ray.console import profile_table, results_table
 
-    title = answer.pop("table", None)
+    title, verdict = answer.pop("table", None), answer.pop("verdict", None)
     if not options.quiet and options.profile:
         profile_table(answer["profile"])
     if not options.quiet:
         if title is not None:
             results_table(title, answer["rows"])
+            print(verdict)
         elif not options.json:
             for stage in answer.get("stages", []):
                 print(f"{stage['name']}: {stage['folder']} ({stage['status']})")

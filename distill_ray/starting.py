@@ -220,7 +220,7 @@ def _choose_columns(found: Found, schema: pa.Schema, wishes: Wishes) -> None:
         _take_split_column(found, split, asked=wishes.split is not None)
     used = {*inputs, label, columns.get("id"), found.data.get("split", {}).get("column")}
     left = [name for name in names if name not in used]
-    found.why["columns"] = f"not used: {_some(left)}" if left else "all that there are"
+    found.why["columns"] = f"not used: {_some(left)} (--id and --input take others)" if left else "all that there are"
     if doubtful and not wishes.input and _is_number(schema.field(inputs[0])):
         found.why["columns"] += f"; by its name each of {_some(doubtful)} is another label, id or row number"
     if "data.columns.id" in found.guessed:
@@ -429,10 +429,11 @@ class _Writer:
 
     def _teacher(self) -> list[str]:
         train = {"epochs": self._epochs(), "batch_size": _BATCH}
+        steps = self._epochs() * ceil(self._rows["train"] / _BATCH)
         return [
             "teacher:",
             f"  model: {_inline(self._model(large=True))}",
-            f"  train: {_inline(train)}  # about {_STEPS} steps: raise epochs while the accuracy rises",
+            f"  train: {_inline(train)}  # about {steps:,} steps: raise epochs while the accuracy rises",
         ]
 
     def _student(self) -> list[str]:

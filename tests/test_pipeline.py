@@ -153,6 +153,7 @@ def test_the_same_command_again_runs_nothing_and_imports_neither_torch_nor_ray(s
         capture_output=True, text=True, timeout=120, env=environment(),
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
+    assert "one seed says nothing about the spread between seeds" in again.stdout.splitlines()[-2]
     answer = json.loads(again.stdout.splitlines()[-1])
     assert {stage["status"] for stage in answer["stages"]} == {"reused"}
     assert answer["rows"] == small_run.finished.answer["rows"]

@@ -56,6 +56,12 @@ def test_one_seed_claims_no_spread() -> None:
     assert "interval" not in last
 
 
+def test_below_the_table_stands_what_it_comes_to() -> None:
+    one, three = runs((0.3675, 0.43)), runs((0.52, 0.50), (0.63, 0.60), (0.54, 0.50))
+    assert report.verdict_in_short(one) == " ".join(report.verdict(one))
+    assert report.verdict_in_short(three) == report.verdict(three)[-1]
+
+
 def test_seeds_that_agree_resolve_a_gain() -> None:
     *each, last = report.verdict(runs((0.52, 0.50), (0.63, 0.60), (0.54, 0.50)))
     assert ["gained" in sentence for sentence in each] == [True] * 3

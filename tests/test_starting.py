@@ -57,6 +57,7 @@ def test_a_table_is_all_its_numbers_but_the_label(tmp_path: Path) -> None:
     assert columns["label"] == "target"
     assert "# not used: note" in text
     assert "from 48 rows (2) to 71 (1)" in text
+    assert "# about 200 steps" in text  # 100 epochs of 2 batches: 142 of 178 rows, 128 at a time
 
 
 @pytest.mark.parametrize(

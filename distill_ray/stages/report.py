@@ -94,6 +94,12 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*sentences, _overall([pair.gain for pair in found])]
 
 
+def verdict_in_short(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What ``verdict`` comes to, for the line below the table."""
+    sentences = verdict(rows)
+    return " ".join(sentences) if len(sentences) <= 2 else sentences[-1]
+
+
 def _overall(gains: Sequence[float]) -> str:
     if len(gains) < 2:
         return (
