@@ -8,7 +8,7 @@ import threading
 import weakref
 from types import FrameType
 
-_LOST_AFTER_S = 1.0
+_LOST_AFTER_S, _GRACE_S = 1.0, 0.1
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,5 +55,7 @@ class Interrupts:
         main = threading.main_thread().ident
         assert main is not None
         while not self._leaving.wait(_LOST_AFTER_S):
-            if self._raised is not None and self._raised() is None:
+            lost = self._raised is not None and self._raised() is None
+            # An exception that has done its work is let go of just before ``leaving`` is called.
+            if lost and not self._leaving.wait(_GRACE_S):
                 signal.pthread_kill(main, signum)
