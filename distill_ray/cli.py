@@ -86,13 +86,14 @@ def _carry_out(
     options: _Options,
     allow_import: bool,
     work: Callable[[Context], dict[str, Any]],
+    search: Path | None = None,
 ) -> None:
     from distill_ray.stages.entry import opened
 
     try:
         with opened(
             config, overrides, out=options.out, quiet=options.quiet, allow_import=allow_import, debug=options.debug,
-            in_command=True,
+            in_command=True, search=search,
         ) as context:  # fmt: skip
             answer = work(context)
             over = time.perf_counter()
@@ -125,7 +126,7 @@ def _stage(name: str) -> Callable[[Context], dict[str, Any]]:
 
 
 def _show(answer: dict[str, Any], options: _Options) -> None:
-    from distill_ray.console import profile_table, results_table
+    from distill_ray.console import profile_table, results_table, search_table
 
     title, verdict = answer.pop("table", None), answer.pop("verdict", None)
     if not options.quiet and options.profile:
@@ -140,6 +141,8 @@ def _show(answer: dict[str, Any], options: _Options) -> None:
             for key in ("report", "export"):
                 if key in answer:
                     print(f"{key}: {answer[key]}")
+            if "tune" in answer:
+                search_table(answer["name"], answer["tune"])
     if options.json:
         print(json.dumps(answer), flush=True)
 
@@ -149,7 +152,6 @@ _command("prepare", "Source to data store.", _stage("prepare"))
 _command("teacher", "Train the teacher, after what it needs.", _stage("teacher"))
 _command("label", "Store the teacher's logits for every row, after what that needs.", _stage("label"))
 _command("student", "Train the students and their CE-only controls, after what they need.", _stage("student"))
-_command("tune", "Search student sizes and temperatures over one label store, after what that needs.", _stage("tune"))
 _command("report", "Write report.html of the run, after every stage it shows.", _stage("report"))
 _command("export", "Write the student in portable forms, after what it needs.", _stage("export"))
 
@@ -188,6 +190,24 @@ def _init(
     wishes = starting.Wishes(cast("Any", source), tuple(input_columns or ()), label, identity, split, no_id, no_split)
     target.write_text(starting.first_config(path, named, wishes), encoding="utf-8")
     print(f"{target}: written; look through it, then: distill-ray run {target}")
+
+
+@app.command("tune", help="Search student sizes and temperatures over one label store, after what that needs.")
+def _tune(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    search: Annotated[
+        Path | None, typer.Option("--search", metavar="FILE", help="A search to lay over CONFIG: tune, and student.")
+    ] = None,
+    out: OutOption = "runs",
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+    allow_import: AllowImportOption = False,
+    profile: ProfileOption = False,
+) -> None:
+    options = _options(out, quiet, json_output, debug, profile)
+    _carry_out(config, overrides or [], options, allow_import, _stage("tune"), search)
 
 
 @app.command("import-labels", help="Logits that you have already, as the label store of a run, instead of a teacher.")

@@ -15,7 +15,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -721,16 +721,57 @@ class SpaceEntry(Section):
         return self.grid or self.choice or ()
 
 
+Measure: TypeAlias = Literal["parameters", "bytes", "latency_ms"]
+_CONSTRAINT = re.compile(r"\s*(?P<measure>\w+)\s*<=\s*(?P<limit>[\d_]+(?:\.\d+)?(?:[eE][+-]?\d+)?)\s*")
+
+
+class Constraint(NamedTuple):
+    """The most that a student may have of something."""
+
+    measure: Measure
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Constraint:
+        """Of text such as ``parameters <= 50_000``.
+
+        Raises:
+            ValueError: it is none.
+        """
+        match = _CONSTRAINT.fullmatch(text)
+        if match is None or match["measure"] not in get_args(Measure):
+            known = " or ".join(get_args(Measure))
+            raise ValueError(f"must look like parameters <= 50_000, of {known}, got {text!r}")
+        return cls(cast("Measure", match["measure"]), float(match["limit"]))
+
+
 class TuneConfig(Section):
-    """A search over keys of the student's config, such as ``model.channels`` or ``loss.temperature``."""
+    """A search over keys of the student's config, such as ``model.channels`` or ``loss.temperature``.
+
+    ``constraints`` such as ``parameters <= 50_000``: those of ``parameters`` and ``bytes`` (of the weights) are checked
+    before a trial starts, ``latency_ms`` (one row, fp32, one thread) is measured alone when all are trained. The
+    ``minutes`` are for the trials: what runs when they are over is stopped, finalists and controls come after. Controls
+    are searched for, too: over ``control_space``, by default what ``space`` has that a CE-only student can have, its
+    networks aside, or else its learning rate.
+    """
 
     space: dict[str, SpaceEntry] = setting(min_length=1)
     search: Literal["random", "grid", "optuna"] = setting("random")
     scheduler: Literal["asha", "none"] = setting("asha")
     trials: int = setting(24, ge=1)
+    minutes: float | None = setting(None, gt=0, digest="not_at_default")
+    constraints: tuple[str, ...] = setting((), digest="not_at_default")
+    finalists: int = setting(4, ge=1, digest="not_at_default")
     seeds: int = setting(5, ge=1)
+    control_space: dict[str, SpaceEntry] | None = setting(None, min_length=1, digest="not_at_default")
     seed: int = setting(0, ge=0)
-    max_parameters: int | None = setting(None, ge=1)
+
+    @field_validator("constraints")
+    @classmethod
+    def _can_be_parsed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            Constraint.parse(text)
+        return value
 
     @model_validator(mode="after")
     def _grid_is_whole(self) -> TuneConfig:
@@ -744,6 +785,18 @@ class TuneConfig(Section):
         if (size := prod(len(entry.options) for entry in self.space.values())) > self.trials:
             raise ValueError(f"the grid has {size} points, tune.trials is {self.trials}: raise it or shorten the grid")
         return self
+
+    @model_validator(mode="after")
+    def _controls_have_the_same_networks(self) -> TuneConfig:
+        for key in self.control_space or {}:
+            if key == "model" or key.startswith(("model.", "loss.")) or key == "loss":
+                raise ValueError(f"control_space.{key}: a control has its student's network and the loss ce")
+        return self
+
+    @property
+    def limits(self) -> tuple[Constraint, ...]:
+        """``constraints``, parsed."""
+        return tuple(Constraint.parse(text) for text in self.constraints)
 
     @property
     def planned_trials(self) -> int:
@@ -849,13 +902,18 @@ def _plain(value: Any) -> Any:
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, search: str | Path | None = None) -> Config:
     """Read a config file, lay ``a.b.c=value`` overrides over it, and validate.
 
+    ``search`` is a file with a ``tune`` section, which takes the place of the config's, and a ``student`` section,
+    whose keys are laid over the config's, or one of the two; overrides come after it.
+
     Raises:
-        UserError: the file cannot be read, is not a YAML mapping, or a key is unknown, mistyped or contradictory.
+        UserError: a file cannot be read, is not a YAML mapping, or a key is unknown, mistyped or contradictory.
     """
     raw, lines = _read_yaml(Path(path))
+    if search is not None:
+        _lay_search_over(raw, lines, Path(search))
     for override in overrides:
         parts = _apply_override(raw, override)
         lines = {path: line for path, line in lines.items() if path[: len(parts)] != parts}
@@ -927,6 +985,33 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
             f"config {path}: must be a mapping of keys, but the file {'is empty' if raw is None else 'is not'}"
         )
     return raw, dict(_key_lines(root, ()))
+
+
+_OF_A_SEARCH = ("tune", "student")  # what a search file may hold
+
+
+def _lay_search_over(raw: dict[str, Any], lines: Lines, path: Path) -> None:
+    searched, where = _read_yaml(path)
+    if foreign := [key for key in searched if key not in _OF_A_SEARCH]:
+        raise UserError(
+            f"--search {path}, line {where[foreign[0],]}: {foreign[0]}: a search file holds tune, and student where "
+            "that changes; the rest is the run's config"
+        )
+    for key in [key for key in lines if key[0] == "tune" and "tune" in searched]:
+        del lines[key]
+    lines.update({key: f"--search {path}, line {line}" for key, line in where.items()})
+    raw |= {"tune": searched["tune"]} if "tune" in searched else {}
+    if "student" in searched:
+        raw["student"] = _merged(raw.get("student"), searched["student"])
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """``above`` over ``below``, section by section. A section that names another kind takes the whole place."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    if "name" in above and above["name"] != below.get("name"):
+        return above
+    return below | {key: _merged(below.get(key), value) for key, value in above.items()}
 
 
 def _key_lines(node: yaml.Node | None, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Line]]:

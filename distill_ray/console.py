@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -61,8 +61,19 @@ class Reporter:
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self._stderr, transient=True) as bars:
+        with _WithTable(*columns, console=self._stderr, transient=True) as bars:
             yield Bar(self, description, total, bars, bars.add_task(description, total=total, note=""))
+
+
+class _WithTable(Progress):
+    """A bar below a table that changes with it."""
+
+    table: Table | None = None
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        if self.table is not None:
+            yield self.table
+        yield from super().get_renderables()
 
 
 @dataclass
@@ -72,7 +83,7 @@ class Bar:
     reporter: Reporter
     description: str
     total: float
-    bars: Progress | None
+    bars: _WithTable | None
     task: TaskID | None
     _last_line: float = 0.0
     _done: float = 0.0
@@ -89,6 +100,17 @@ class Bar:
                     f"{self.description}: {self._done:g}/{self.total:g} for {silent_s:.0f} s without news; "
                     "slow work, or storage that does not answer the workers"
                 )
+
+    def table(self, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """What the work consists of at the moment; on a terminal alone, above the bar."""
+        if self.bars is None:
+            return
+        shown = Table(box=None, header_style="bold")
+        for heading in headings:
+            shown.add_column(heading, overflow="ellipsis", no_wrap=True)
+        for row in rows:
+            shown.add_row(*row)
+        self.bars.table = shown
 
     def update(self, done: float, note: str = "") -> None:
         """``done`` of ``total`` steps are finished."""
@@ -137,6 +159,46 @@ def profile_table(rows: Sequence[Mapping[str, Any]]) -> None:
             table.add_section()
         table.add_row(*(value if isinstance(value, str) else f"{value:.1f}" for value in row.values()))
     console.print(table)
+
+
+def search_table(title: str, found: Mapping[str, Any]) -> None:
+    """Print the finalists of a search on stdout, beside their controls, and what the label store saved."""
+    console = Console(file=sys.stdout, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=sys.stdout, highlight=False, width=_LOG_WIDTH)
+    table = Table(
+        title=f"{title}: finalists, test split, {found['seeds']} seed(s)", title_justify="left", header_style="bold"
+    )
+    for heading in ("parameters", "latency ms", "values", "student", "control", "difference, points", ""):
+        table.add_column(heading, justify="left" if heading in ("values", "") else "right", overflow="fold")
+    for point in found["front"]:
+        if point["finalist"]:
+            table.add_row(*_finalist_cells(point))
+    console.print(table)
+    seconds = found["teacher_seconds_saved"]
+    worth = "" if seconds is None else f", {seconds:,.0f} s of them"
+    print(
+        f"{found['trials']} trials and {found['control_trials']} of controls from one set of labels: "
+        f"{found['teacher_passes_saved']} passes of the teacher saved{worth}"
+    )
+
+
+def _finalist_cells(point: Mapping[str, Any]) -> list[str]:
+    values = ", ".join(f"{key}={value}" for key, value in point["values"].items())
+    test, control, difference = point["test_accuracy"] or point["test_agreement"], point["control"], point["difference"]
+    cells = [f"{point['parameters']:,}", f"{point['latency_ms']:.3f}", values, _spread(test), _spread(control)]
+    if difference is None:
+        return [*cells, "n/a", ""]
+    interval = (
+        "" if difference["low"] is None else f" [{100 * difference['low']:+.2f}, {100 * difference['high']:+.2f}]"
+    )
+    return [*cells, f"{100 * difference['mean']:+.2f}{interval}", difference["verdict"]]
+
+
+def _spread(measured: Mapping[str, Any] | None) -> str:
+    if measured is None:
+        return "n/a"
+    return f"{measured['mean']:.4f}" + ("" if measured["std"] is None else f" ± {measured['std']:.4f}")
 
 
 def _table(title: str, rows: Sequence[Mapping[str, Any]], without: Sequence[str]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from distill_ray import config as configs
 from distill_ray.config import KdLoss, StudentConfig, digest_payload
 from distill_ray.errors import UserError
+from distill_ray.stages import search_space
 
 DESIGN = """\
 name: glyph62
@@ -132,6 +134,54 @@ def test_shipped_configs_load_and_have_a_head_comment() -> None:
     for path in shipped:
         assert path.read_text().startswith("# ")
         configs.load(path)
+
+
+def test_each_shipped_search_lies_over_the_config_that_its_head_names() -> None:
+    root = Path(__file__).parents[1]
+    shipped = sorted(root.glob("tune_configs/searches/*.yaml"))
+    assert {"fashion_mnist_size_temperature.yaml", "glyph62_size_temperature.yaml", "cluster.yaml"} <= {
+        path.name for path in shipped
+    }
+    for path in shipped:
+        named = re.search(r"#   distill-ray tune (\S+) --search (\S+)", path.read_text())
+        assert named is not None, path
+        assert named[2] == str(path.relative_to(root))
+        config = configs.load(
+            root / named[1] if named[1] != "CONFIG" else root / "tune_configs/glyph62.yaml", search=path
+        )
+        assert config.tune is not None
+        search_space.check(config.student, config.tune)
+
+
+def test_a_search_is_laid_over_a_config(tmp_path: Path) -> None:
+    run, search = tmp_path / "run.yaml", tmp_path / "search.yaml"
+    whole = yaml.safe_load(DESIGN)
+    whole |= {"tune": {"space": {"train.lr": {"choice": [1]}}, "trials": 3}}
+    run.write_text(yaml.safe_dump(whole))
+    search.write_text(
+        "student: {train: {epochs: 3}, loss: {name: ce}}\ntune: {space: {model: {choice: [{name: mlp}]}}}\n"
+    )
+    config = configs.load(run, ["student.train.lr=0.5", "tune.seeds=2"], search=search)
+    assert config.tune is not None
+    assert (set(config.tune.space), config.tune.trials, config.tune.seeds) == ({"model"}, 24, 2)
+    assert (config.student.train.epochs, config.student.train.lr, config.student.loss.name) == (3, 0.5, "ce")
+    assert config.student.model == configs.load(run).student.model
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: {rows: 3}\ntune: {}", r"--search .*search.yaml, line 1: data: a search file holds tune, and student"),
+        ("tune:\n  spce: {}", r"--search .*search.yaml, line 2: tune.spce: unknown key, did you mean 'space'"),
+        ("student: {train: {epochs: 0}}", r"--search .*search.yaml, line 1: student.train.epochs"),
+    ],
+)
+def test_a_search_file_that_is_wrong_is_named(text: str, told: str, tmp_path: Path) -> None:
+    run, search = tmp_path / "run.yaml", tmp_path / "search.yaml"
+    run.write_text(DESIGN)
+    search.write_text(text)
+    with pytest.raises(UserError, match=told):
+        configs.load(run, search=search)
 
 
 def test_the_dumped_config_loads_to_the_same_config(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable
@@ -15,15 +16,16 @@ import pytest
 
 from distill_ray import training
 from distill_ray.artifacts import Stage, exclusive
-from distill_ray.config import StudentConfig, TuneConfig, from_dict, to_dict
+from distill_ray.config import SpaceEntry, StudentConfig, TuneConfig, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import search_results, search_space, search_trial
+from distill_ray.stages import search_results, search_schedule, search_space, search_trial, search_watch, tune
 from distill_ray.stages.search_results import TrialRow
+from distill_ray.stages.search_watch import Budget
 from distill_ray.storage import Folder
 from tests.harness import Finished, distill_ray, only, write_config
 
-# A grid of 6: two students, one above max_parameters, and three whose temperature is no temperature.
+# A grid of 6: two students, one with too many parameters, and three whose temperature is no temperature.
 SEARCH: dict[str, Any] = {
     "name": "search",
     "data": {"source": "glyph62", "rows": 620, "shard_rows": 620},
@@ -35,11 +37,12 @@ SEARCH: dict[str, Any] = {
     },
     "tune": {
         "space": {"model.hidden": {"grid": [[4], [8], [900]]}, "loss.temperature": {"choice": [2.0, -1.0]}},
-        "search": "grid", "scheduler": "none", "seeds": 1, "max_parameters": 100_000,
+        "search": "grid", "scheduler": "none", "seeds": 1, "constraints": ["parameters <= 100_000"],
     },
     "tracking": {"wandb": {"mode": "disabled"}},
 }  # fmt: skip
 
+KD_SPACE = SpaceEntry(choice=(1,))
 KD_STUDENT = StudentConfig.model_validate({"model": {"name": "char_cnn"}, "loss": {"name": "kd", "alpha": 0.5}})
 
 
@@ -122,6 +125,86 @@ def test_a_space_that_cannot_be_searched_is_refused(section: dict[str, Any], tol
         from_dict(SEARCH | {"tune": section})
 
 
+def test_controls_are_searched_over_what_they_share_with_the_students() -> None:
+    shared = space(model__channels={"choice": [[2, 4]]}, loss__alpha={"uniform": [0, 1]}, train__lr={"uniform": [1, 2]})
+    assert set(search_space.control_space(KD_STUDENT, shared)) == {"train.lr"}
+    sizes = search_space.control_space(KD_STUDENT, space(model__channels={"choice": [[2, 4]]}))
+    assert sizes == {"train.lr": SpaceEntry(loguniform=(2.5e-4, 4e-3))}  # nothing is shared: the rate, by 4 both ways
+    own = shared.model_copy(update={"control_space": {"train.weight_decay": SpaceEntry(uniform=(0, 1))}})
+    assert set(search_space.control_space(KD_STUDENT, own)) == {"train.weight_decay"}
+
+
+def test_a_control_is_its_student_but_for_the_loss_and_what_is_sampled() -> None:
+    student = search_space.lay_over(KD_STUDENT, {"model.channels": [2, 4], "train.lr": 0.02, "train.epochs": 3})
+    control = search_space.lay_over(KD_STUDENT, search_space.control_values(student, {"train.lr": 0.5}))
+    assert to_dict(control.loss) == {"name": "ce", "class_weights": None}
+    assert control.model == student.model
+    assert control.train == student.train.model_copy(update={"lr": 0.5})
+
+
+@pytest.mark.parametrize("key", ["model.channels", "loss.temperature"])
+def test_a_control_space_over_what_a_control_cannot_vary_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match="a control has its student's network and the loss ce"):
+        from_dict(SEARCH | {"tune": SEARCH["tune"] | {"control_space": {key: {"choice": [1]}}}})
+    other = space(train__lr={"choice": [1]}).model_copy(update={"control_space": {"train.rate": KD_SPACE}})
+    with pytest.raises(UserError, match=r"tune.control_space: 'train.rate' is no key .* did you mean"):
+        search_space.check(KD_STUDENT, other)
+
+
+@pytest.mark.parametrize("text", ["parameters < 5", "parameter <= 5", "latency_ms <= fast", "bytes <= -1"])
+def test_a_constraint_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"parameters <= 50_000, of parameters or bytes or latency_ms"):
+        from_dict(SEARCH | {"tune": SEARCH["tune"] | {"constraints": [text]}})
+
+
+def test_constraints_are_numbers_as_people_write_them() -> None:
+    config = space(train__lr={"choice": [1]}).model_copy(update={"constraints": ("parameters <= 50_000", "bytes<=2e5")})
+    assert config.limits == (("parameters", 50_000.0), ("bytes", 200_000.0))
+
+
+# --- when a trial is stopped ------------------------------------------------------------------------------------------
+
+
+def test_small_students_are_compared_with_small_ones() -> None:
+    """ASHA stops the worse half of each size, though every small one is worse than every large one."""
+    from ray.tune.experiment import Trial
+
+    parameters = {"large": 100_000, "small": 1_000}
+    scheduler = search_schedule.asha_by_size(8, lambda sample: parameters[sample["size"]])
+    trials = {
+        (size, rank): Trial("trial", config={"size": size}, stub=True) for size in parameters for rank in range(4)
+    }
+    for trial in trials.values():
+        scheduler.on_trial_add(None, trial)
+    decided = {}
+    for (size, rank), trial in sorted(trials.items(), key=lambda item: -item[0][1]):  # the best first
+        accuracy = (0.9 if size == "large" else 0.5) + rank / 100
+        result = {"epoch": 2, "validation_accuracy": accuracy, "training_iteration": 1}
+        decided[size, rank] = scheduler.on_trial_result(None, trial, result)
+    for size in parameters:
+        assert [decided[size, rank] for rank in (3, 0)] == ["CONTINUE", "STOP"], size
+
+
+def test_sizes_within_a_factor_of_two_compete() -> None:
+    assert search_schedule.size_class(1_024) == search_schedule.size_class(2_047) != search_schedule.size_class(2_048)
+    assert search_schedule.size_class(None) == search_schedule.size_class(0) == -1
+
+
+def test_the_minutes_of_a_killed_search_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(search_watch.time, "monotonic", lambda: now[0])
+    folder = Folder.at(tmp_path)
+    first = Budget(folder, 2.0)
+    now[0] = 90.0
+    assert not first.is_over(3)
+    first.note(3)
+    second = Budget(folder, 2.0)
+    now[0] = 125.0
+    assert second.is_over(3), "90 s of the first and 35 of the second"
+    assert not second.is_over(2), "what the first had trained is taken in before"
+    assert not Budget(folder, None).is_over(0)
+
+
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +224,33 @@ def test_finalists_are_spread_and_keep_the_ends() -> None:
     assert [row.id for row in search_results.spread(rows, 4)] == [0, 2, 5, 7]
     assert [row.id for row in search_results.spread(rows[:3], 4)] == [0, 1, 2]
     assert [row.id for row in search_results.spread(rows, 1)] == [7]
+
+
+def test_a_limit_that_is_known_after_training_keeps_a_trial_from_the_front() -> None:
+    slow = dataclasses.replace(trial(0, 0.9, 10), latency_ms=0.7, bytes=100)
+    assert tune._within(slow, {"latency_ms": 0.5}).status == "infeasible"
+    assert tune._within(slow, {"latency_ms": 0.5}).reason == "latency_ms 0.7, tune.constraints: at most 0.5"
+    assert tune._within(slow, {"latency_ms": 0.7, "bytes": 100}) == slow
+    assert tune._within(slow, {"bytes": 99}).status == "infeasible"
+
+
+def test_the_share_of_the_gap_is_told_where_there_is_one() -> None:
+    def summaries(*accuracies: float) -> list[dict[str, Any]]:
+        return [{"accuracy": a, "latency_ms": 1.0, "latency_of": "", "bytes": 1} for a in accuracies]
+
+    ours, theirs = summaries(0.88, 0.90), summaries(0.86, 0.86)
+    assert search_results.finalist(ours, theirs, 0.92)["gap_closed"] == pytest.approx(0.5)
+    assert search_results.finalist(ours, theirs, 0.865)["gap_closed"] is None  # half a point is no gap
+    assert search_results.finalist(ours, theirs, None)["gap_closed"] is None
+
+
+def test_the_front_over_latency_is_among_all_that_were_trained() -> None:
+    rows = [
+        dataclasses.replace(trial(number, accuracy, 10 - number), latency_ms=latency)
+        for number, (accuracy, latency) in enumerate([(0.5, 1.0), (0.7, 2.0), (0.6, 3.0)])
+    ]
+    found = search_results.pareto(rows, {}, None)
+    assert [(point["trial"], point["on_front"]) for point in found["latency"]] == [(0, True), (1, True), (2, False)]
 
 
 def test_columns_of_any_space_make_a_table() -> None:
@@ -191,7 +301,7 @@ def test_every_trial_has_its_row(search: Search) -> None:
     assert found[4, 2.0]["parameters"] == 1024 * 4 + 4 + 4 * 62 + 62
     assert found[4, 2.0]["epochs"] == 2
     assert 0 <= found[4, 2.0]["validation_accuracy"] <= 1
-    assert found[900, 2.0]["reason"] == f"{found[900, 2.0]['parameters']} parameters, tune.max_parameters is 100000"
+    assert found[900, 2.0]["reason"] == "parameters 978,362, tune.constraints: at most 100,000"
     assert found[4, -1.0]["reason"].startswith("loss.kd.temperature: Input should be greater than 0")
 
 
@@ -204,11 +314,19 @@ def test_the_front_and_the_summary(search: Search) -> None:
         tested = json.loads((Path(point["folder"]) / "summary.json").read_text())
         assert point["test_accuracy"]["values"] == [tested["accuracy"]]
         assert len(point["control"]["values"]) == 1
+        assert point["control"]["searched"]["train.lr"] > 0
+        assert point["latency_ms"] > 0
         assert point["difference"]["verdict"] == "not resolved"  # one seed resolves nothing
     assert sorted(p["latency_ms"] for p in pareto["latency"]) == [p["latency_ms"] for p in pareto["latency"]]
     summary = json.loads((search.folder / "summary.json").read_text())
     assert summary["counts"] == {"completed": 2, "infeasible": 1, "invalid": 3}
-    assert (summary["trials"], summary["teacher_passes_without_labels"]) == (6, 4)
+    assert (summary["trials"], summary["teacher_passes_saved"]) == (6, 4)
+    assert summary["teacher_seconds_saved"] > 0
+    controls = pq.read_table(search.folder / "control_trials.parquet").to_pylist()
+    assert summary["control_trials"] == len(controls) >= 2
+    assert {row["finalist"] for row in controls} == {point["trial"] for point in pareto["front"]}
+    latencies = {point["trial"]: point["latency_ms"] for point in pareto["latency"]}
+    assert latencies == {row["id"]: row["latency_ms"] for row in search.trials if row["status"] == "completed"}
     labels = only(search.folder.parent, "labels-*/manifest.json").read_bytes()
     assert summary["labels_manifest_sha256"] == hashlib.sha256(labels).hexdigest()  # the search labelled nothing
     assert search.finished.answer["tune"]["best"] == summary["best"]
@@ -235,7 +353,6 @@ def test_a_trial_is_the_student_of_the_same_config(search: Search) -> None:
     assert student.code == 0, student.stderr
     stages = {stage["role"]: stage for stage in student.answer["stages"] if stage["name"] == "student"}
     assert (stages["student"]["folder"], stages["student"]["status"]) == (point["folder"], "reused")
-    assert stages["control"]["status"] == "reused"
 
 
 def test_an_unknown_key_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ T = TypeVar("T")
 @contextmanager
 def opened(
     config: ConfigLike, overrides: Sequence[str] = (), *, out: str = "runs", quiet: bool = True,
-    allow_import: bool = False, debug: bool = False, in_command: bool = False,
+    allow_import: bool = False, debug: bool = False, in_command: bool = False, search: Path | None = None,
 ) -> Iterator[Context]:  # fmt: skip
     """A context for the stages of one run; at its end Ray and W&B are left as they were found.
 
@@ -38,11 +38,12 @@ def opened(
         allow_import: permit code that the config names by import path.
         debug: show Ray's own log.
         in_command: this process is the command's own, to be ended where Ray's head is lost.
+        search: a file with a search, laid over the config.
 
     Raises:
         UserError: what is wrong with the config, with ``out``, or with a file that the config gives.
     """
-    read = _read(config, overrides)
+    read = _read(config, overrides, search)
     if not allow_import:
         configs.refuse_imports(read)
     if not out.strip():
@@ -62,9 +63,9 @@ def opened(
         session.close()
 
 
-def _read(config: ConfigLike, overrides: Sequence[str]) -> Config:
+def _read(config: ConfigLike, overrides: Sequence[str], search: Path | None) -> Config:
     if isinstance(config, str | Path):
-        return configs.load(config, overrides)
+        return configs.load(config, overrides, search=search)
     if overrides:
         raise UserError("overrides are for a config in a file: change the dict instead")
     return config if isinstance(config, Config) else configs.from_dict(config)

@@ -91,7 +91,8 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
     seconds = time.perf_counter() - started
     if notes:
         before = {"precision": notes["precision"], "precision_check": notes["check"]}
-        write_stage_config(target, arguments["section"], before)
+    rate = {"rows_per_s": round(sum(r.rows for r in fresh) / seconds, 1)}  # for what a search saves by these labels
+    write_stage_config(target, arguments["section"], before | rate)
     records = [*records, *(fresh if todo else [])]
     if sum(record.rows for record in records) != source.manifest.rows:
         raise RunError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 
 from distill_ray import evidence
 
+_LEAST_GAP = 0.01  # of accuracy; a share of less would be noise
+
 Status = Literal["completed", "stopped", "invalid", "infeasible", "failed"]
 
 _COLUMNS = {
     "id": pa.int64(), "validation_accuracy": pa.float64(), "epochs": pa.int64(), "parameters": pa.int64(),
-    "seconds": pa.float64(), "status": pa.string(), "reason": pa.string(), "folder": pa.string(),
+    "bytes": pa.int64(), "latency_ms": pa.float64(), "seconds": pa.float64(), "status": pa.string(),
+    "reason": pa.string(), "folder": pa.string(),
 }  # fmt: skip
 
 
@@ -35,6 +38,9 @@ class TrialRow:
     status: Status
     reason: str | None
     folder: str | None
+    bytes: int | None = None
+    latency_ms: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the best epoch, as in metrics.jsonl
 
 
 def to_parquet(rows: Sequence[TrialRow], keys: Sequence[str]) -> pa.Buffer:
@@ -43,9 +49,20 @@ def to_parquet(rows: Sequence[TrialRow], keys: Sequence[str]) -> pa.Buffer:
     columns |= {key: _column([row.values.get(key) for row in rows]) for key in keys}
     for name, kind in _COLUMNS.items():
         columns[name] = pa.array([getattr(row, name) for row in rows], kind)
+    for name in sorted({name for row in rows for name in row.metrics} - set(columns)):
+        columns[name] = pa.array([row.metrics.get(name) for row in rows], pa.float64())
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     return sink.getvalue()
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """Sampled values in a line: ``loss.temperature=4, model.channels=[8, 16]``."""
+    return ", ".join(f"{key}={_short(value)}" for key, value in sorted(values.items()))
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
@@ -89,11 +106,14 @@ def spread(front_rows: Sequence[TrialRow], count: int) -> list[TrialRow]:
     return [front_rows[index] for index in sorted(picked)]
 
 
-def finalist(students: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def finalist(
+    students: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]], teacher_accuracy: float | None
+) -> dict[str, Any]:
     """What the summaries of a finalist's seeds say, beside those of its CE-only controls in the same order of seeds.
 
     A finalist whose own loss is ``ce`` has no controls: it is its own. Where the test split has no labels, the
-    agreement with the teacher takes the place of the accuracy.
+    agreement with the teacher takes the place of the accuracy. ``gap_closed`` is the part of the way from control to
+    teacher that the student is ahead of its control, where that way is longer than a point.
     """
     measure = "accuracy" if all(summary["accuracy"] is not None for summary in students) else "agreement"
     ours = [float(summary[measure]) for summary in students]
@@ -101,34 +121,41 @@ def finalist(students: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[s
         "test_accuracy": None, f"test_{measure}": evidence.mean_std(ours),
         "latency_ms": fmean(float(s["latency_ms"]) for s in students),
         "latency_of": students[0]["latency_of"], "bytes": students[0]["bytes"], "control": None, "difference": None,
+        "gap_closed": None,
     }  # fmt: skip
     if controls:
         theirs = [float(summary[measure]) for summary in controls]
         entry |= {"control": evidence.mean_std(theirs), "difference": evidence.paired_difference(ours, theirs)}
+        if measure == "accuracy" and teacher_accuracy is not None:
+            gap = teacher_accuracy - fmean(theirs)
+            entry["gap_closed"] = entry["difference"]["mean"] / gap if gap > _LEAST_GAP else None
     return entry
 
 
-def pareto(front_rows: Sequence[TrialRow], finalists: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def pareto(
+    rows: Sequence[TrialRow], finalists: Mapping[int, Mapping[str, Any]], teacher: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The content of ``pareto.json``: both fronts are chosen by validation accuracy, the test split only describes."""
     points = [
         {
             "trial": row.id, "parameters": row.parameters, "validation_accuracy": row.validation_accuracy,
             "values": dict(row.values), "folder": row.folder, "finalist": row.id in finalists,
-            **finalists.get(row.id, {}),
+            "latency_ms": row.latency_ms, **finalists.get(row.id, {}),
         }
-        for row in front_rows
+        for row in trial_front(rows)
     ]  # fmt: skip
-    measured = [point for point in points if point["finalist"]]
-    on_front = set(front([(p["latency_ms"], p["validation_accuracy"]) for p in measured]))
+    measured = sorted((row for row in rows if _is_done(row) and row.latency_ms is not None), key=_latency)
+    on_front = set(front([(_latency(row), row.validation_accuracy or 0.0) for row in measured]))
+    tested = {trial: entry["test_accuracy"] for trial, entry in finalists.items()}
     latency = [
         {
-            "trial": p["trial"], "latency_ms": p["latency_ms"], "validation_accuracy": p["validation_accuracy"],
-            "test_accuracy": p["test_accuracy"]["mean"] if p["test_accuracy"] else None, "on_front": index in on_front,
+            "trial": row.id, "latency_ms": row.latency_ms, "validation_accuracy": row.validation_accuracy,
+            "test_accuracy": tested[row.id]["mean"] if tested.get(row.id) else None, "on_front": index in on_front,
         }
-        for index, p in enumerate(measured)
+        for index, row in enumerate(measured)
     ]  # fmt: skip
-    return {"chosen_by": "validation_accuracy", "front": points, "latency": sorted(latency, key=_latency)}
+    return {"chosen_by": "validation_accuracy", "teacher": teacher, "front": points, "latency": latency}
 
 
-def _latency(point: Mapping[str, Any]) -> float:
-    return float(point["latency_ms"])
+def _latency(row: TrialRow) -> float:
+    return float(row.latency_ms or 0.0)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -16,12 +17,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, SpaceEntry, StudentConfig, TuneConfig, keys_of, to_dict
+from distill_ray.config import CeLoss, Config, SpaceEntry, StudentConfig, TuneConfig, keys_of, to_dict
 from distill_ray.errors import UserError
 from distill_ray.stages import opening, student
 from distill_ray.storage import Folder
 
+GIVEN = "values"  # key of a sample that is a trial's values as they are
 METRIC = "validation_accuracy"  # the one objective: sizes are functions of the config, the front is computed after
+_LR_FACTOR = 4.0
 _NOT_SEARCHED = "seeds"  # a trial has one seed; tune.seeds repeats the finalists
 
 Readiness = Literal["ready", "invalid", "infeasible"]
@@ -40,6 +43,16 @@ class Trial:
     config: Config | None = None
     stage: Stage | None = None
     parameters: int | None = None
+
+    def of_keys(self, keys: Collection[str]) -> Trial:
+        """The same, its values those of ``keys`` alone: a control is told by more values than are searched."""
+        return replace(self, values={key: value for key, value in self.values.items() if key in keys})
+
+    @property
+    def network(self) -> str:
+        """Equal for equal networks, whatever they are trained with."""
+        assert self.config is not None
+        return json.dumps(to_dict(self.config.student)["model"], sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -61,9 +74,41 @@ def check(base: StudentConfig, tune: TuneConfig) -> None:
     known = sorted(student_keys(base, tune.space))
     for key in tune.space:
         if key not in known and ".kwargs." not in key:  # those are the network's own
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise UserError(f"tune.space: {key!r} is no key of the student that can be searched; {hint}")
+            raise UserError(f"tune.space: {key!r} is no key of the student that can be searched; {_hint(key, known)}")
+    of_controls = sorted(key for key in known if key.partition(".")[0] not in ("model", "loss"))
+    for key in tune.control_space or {}:
+        if key not in of_controls:
+            hint = _hint(key, of_controls)
+            raise UserError(f"tune.control_space: {key!r} is no key of a control that can be searched; {hint}")
+
+
+def _hint(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def control_space(base: StudentConfig, tune: TuneConfig) -> dict[str, SpaceEntry]:
+    """What the CE-only controls are searched over: ``tune.control_space``, or what of the students' space they have.
+
+    The network is their student's, so that what is left may be nothing (a search over sizes and temperatures): then it
+    is the learning rate, by a factor of 4 both ways.
+    """
+    if tune.control_space is not None:
+        return tune.control_space
+    hard = base.model_copy(update={"loss": CeLoss(name="ce")})
+    known = student_keys(hard, ())
+    shared = {
+        key: entry for key, entry in tune.space.items()
+        if key in known and key.partition(".")[0] not in ("model", "loss")
+    }  # fmt: skip
+    return shared or {"train.lr": SpaceEntry(loguniform=(base.train.lr / _LR_FACTOR, base.train.lr * _LR_FACTOR))}
+
+
+def control_values(chosen: StudentConfig, sampled: Mapping[str, Any]) -> dict[str, Any]:
+    """The control of a chosen student: its network on hard labels alone, ``sampled`` in place of its own values."""
+    hard = CeLoss(name="ce", class_weights=chosen.loss.class_weights)
+    whole = to_dict(chosen)
+    return {"model": whole["model"], "loss": to_dict(hard), "train": whole["train"], **sampled}
 
 
 def pretrained_of(space: Mapping[str, SpaceEntry]) -> list[str]:
@@ -102,6 +147,11 @@ def _keys_below(key: str, field: FieldInfo, value: Any, searched: Collection[str
 def _kinds(field: FieldInfo) -> tuple[type[BaseModel], ...]:
     members = get_args(field.annotation) or (field.annotation,)
     return tuple(kind for kind in members if isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
+def values_of(tune: TuneConfig, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Config values of what Tune hands to a trial: what a sampler drew, or, of a control, the values themselves."""
+    return dict(sample[GIVEN]) if GIVEN in sample else decode(tune.space, sample)
 
 
 def decode(space: Mapping[str, SpaceEntry], sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,15 +217,21 @@ def plan(inputs: Inputs, values: Mapping[str, Any]) -> Trial:
         sampled = lay_over(base, values).model_copy(update={"seeds": base.seeds[:1]})
         config = inputs.config.model_copy(update={"student": sampled})
         student.check_loss(sampled.loss, _has_labels(inputs.data))
-        parameters = _parameters(inputs.data, sampled)
+        sizes = _sizes(inputs.data, sampled)
     except (ValueError, UserError) as error:
         return Trial(values, "invalid", str(error))
     values = {key: value for key, value in values.items() if _has(to_dict(sampled), key)}
     place = student.locate(config, inputs.out, inputs.data, inputs.labels, sampled.loss, sampled.seeds[0])
-    if tune.max_parameters is not None and parameters > tune.max_parameters:
-        reason = f"{parameters} parameters, tune.max_parameters is {tune.max_parameters}"
-        return Trial(values, "infeasible", reason, config, place, parameters)
-    return Trial(values, "ready", None, config, place, parameters)
+    for measure, limit in tune.limits:
+        if measure in sizes and sizes[measure] > limit:
+            reason = exceeds(measure, sizes[measure], limit)
+            return Trial(values, "infeasible", reason, config, place, sizes["parameters"])
+    return Trial(values, "ready", None, config, place, sizes["parameters"])
+
+
+def exceeds(measure: str, value: float, limit: float) -> str:
+    """The reason of a trial that a constraint forbids."""
+    return f"{measure} {value:,.6g}, tune.constraints: at most {limit:,.6g}"
 
 
 def _has(raw: Any, key: str) -> bool:
@@ -183,14 +239,16 @@ def _has(raw: Any, key: str) -> bool:
     return isinstance(raw, dict) and first in raw and (not rest or _has(raw[first], rest))
 
 
-def _parameters(data: Stage, sampled: StudentConfig) -> int:
+def _sizes(data: Stage, sampled: StudentConfig) -> dict[str, int]:
+    """Parameters and bytes of the weights. From shapes alone: a candidate far above the limit costs no memory."""
     from distill_ray.models.classifier import count_parameters
     from distill_ray.stages import model_folder
     from distill_ray.store import open_store
 
-    # Shapes only: a candidate far above the limit costs no memory.
     spec = model_folder.model_spec(open_store(data.folder).data_manifest, sampled.model)
-    return count_parameters(spec.build_on_meta(key="model"))
+    built = spec.build_on_meta(key="model")
+    held = sum(tensor.numel() * tensor.element_size() for tensor in built.net.state_dict().values())
+    return {"parameters": count_parameters(built), "bytes": held}
 
 
 @lru_cache(maxsize=4)

@@ -2,47 +2,116 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from distill_ray.artifacts import is_over, score
+from distill_ray.artifacts import WEIGHTS_FILE, History, is_over, score
 from distill_ray.config import to_dict
 from distill_ray.stages import progress, search_space
 from distill_ray.stages.context import Context, tracking_id
-from distill_ray.stages.search_results import Status, TrialRow
+from distill_ray.stages.search_results import Status, TrialRow, described
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
 from distill_ray.storage import Folder
+
+_BUDGET_FILE = "searching.json"
+_NOTE_EVERY_S = 5.0
+_BEST_SHOWN = 5
+_METRICS = ("train_loss", "train_ce", "train_kd", "validation_ce", "validation_agreement", "validation_kl")
+_CUT = "stopped by the scheduler: others were better after as many epochs"
+
+
+class Budget:
+    """The minutes that a search has for its trials. Those of an attempt that was killed count."""
+
+    def __init__(self, folder: Folder, minutes: float | None) -> None:
+        self._folder, self._minutes = folder, minutes
+        self._spent_s, self._ended_before = 0.0, 0
+        if minutes is not None:
+            try:
+                noted = folder.read_json(_BUDGET_FILE)
+                self._spent_s, self._ended_before = float(noted["seconds"]), int(noted["ended"])
+            except (FileNotFoundError, ValueError, KeyError, TypeError):
+                pass
+        self._started = self._noted_at = time.monotonic()
+
+    def is_over(self, ended: int) -> bool:
+        """``ended`` of the trials are over. What an earlier attempt has trained is always taken in."""
+        return self._minutes is not None and ended >= self._ended_before and self._seconds() >= 60 * self._minutes
+
+    def note(self, ended: int) -> None:
+        """Write down what is spent, now and then, for the attempt that follows should this one be killed."""
+        if self._minutes is not None and time.monotonic() - self._noted_at >= _NOTE_EVERY_S:
+            self._noted_at = time.monotonic()
+            self._folder.write_json(_BUDGET_FILE, {"seconds": self._seconds(), "ended": ended})
+
+    def _seconds(self) -> float:
+        return self._spent_s + time.monotonic() - self._started
 
 
 @dataclass
 class _Followed:
     """A trial as the driver sees it."""
 
+    number: int
     plan: Trial
     follower: Any = None
     reason: str | None = None  # of a trial that raised or whose process died
     over: bool = False
+    epoch: int = 0
+    best: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def cells(self) -> tuple[str, ...]:
+        """For the table of a running search."""
+        parameters = f"{self.plan.parameters:,}" if self.plan.parameters is not None else ""
+        accuracy = f"{self.best:.4f}" if self.epoch else ""
+        state = "over" if self.over else "running"
+        return str(self.number), described(self.plan.values), parameters, str(self.epoch), accuracy, state
 
 
 class Watch:
-    """What the driver knows of a running search: shows it, logs it, and turns it into rows at the end."""
+    """What the driver knows of a running search: shows it, logs it, and turns it into rows at the end.
 
-    def __init__(self, context: Context, inputs: Inputs, bar: Any) -> None:
-        self._context, self._inputs, self._bar = context, inputs, bar
+    ``keys`` are those of the trials' values that tell them apart.
+    """
+
+    def __init__(
+        self, context: Context, inputs: Inputs, bar: Any, budget: Budget, keys: Sequence[str], name: str = "tune"
+    ) -> None:
+        self._context, self._inputs, self._bar, self._budget = context, inputs, bar, budget
+        self._keys, self._name = tuple(keys), name
         self._trials: dict[str, _Followed] = {}
         self._open: set[str] = set()  # W&B runs, by folder: two trials may draw the same student
-        self._best = 0.0
+        self._out_of_time = False
+
+    @property
+    def ended(self) -> int:
+        """How many trials are over."""
+        return sum(followed.over for followed in self._trials.values())
+
+    def is_out_of_time(self) -> bool:
+        """Whether the minutes are over."""
+        self._out_of_time = self._out_of_time or self._budget.is_over(self.ended)
+        return self._out_of_time
+
+    def plan(self, sample: Mapping[str, Any]) -> Trial:
+        """What a sample of Tune's means; its values are those that tell it apart."""
+        tune = self._inputs.config.tune
+        assert tune is not None
+        plan = search_space.plan(self._inputs, search_space.values_of(tune, sample))
+        return plan.of_keys(self._keys)
 
     def start(self, trial_id: str, sample: Mapping[str, Any]) -> None:
         """A trial begins, or begins again after its process died."""
         if trial_id in self._trials:
             return
-        assert self._inputs.config.tune is not None
-        plan = search_space.plan(self._inputs, search_space.decode(self._inputs.config.tune.space, sample))
-        followed = self._trials[trial_id] = _Followed(plan)
+        plan = self.plan(sample)
+        followed = self._trials[trial_id] = _Followed(len(self._trials), plan)
         if plan.status == "ready" and plan.stage is not None and plan.stage.folder.name not in self._open:
             followed.follower = self._follow(plan, plan.stage.folder)
+        self._show()
 
     def _follow(self, plan: Trial, folder: Folder) -> Any:
         assert plan.config is not None
@@ -57,7 +126,9 @@ class Watch:
         followed.reason = result.get("reason") or followed.reason
         if followed.follower is not None:
             followed.follower.poll()
-        self._best = max(self._best, float(result.get(METRIC, 0.0)))
+        followed.epoch = max(followed.epoch, int(result.get("epoch", 0)))
+        followed.best = max(followed.best, float(result.get(METRIC, 0.0)))
+        self._budget.note(self.ended)
         self._show()
 
     def end(self, trial_id: str, error: str | None = None) -> None:
@@ -70,40 +141,64 @@ class Watch:
             self._open.discard(key)
             self._context.tracker.finish(key, {"epochs": followed.follower.epochs})
             followed.follower = None
+        self._tell(followed)
         self._show()
 
+    def _tell(self, followed: _Followed) -> None:
+        plan = followed.plan
+        why = plan.reason or followed.reason
+        seconds = time.monotonic() - followed.started
+        came_to = why or f"{followed.best:.4f} after {followed.epoch} epochs, {seconds:.0f} s"
+        size = f"{plan.parameters:,} parameters, " if plan.parameters is not None else ""
+        self._context.reporter.line(f"{self._name}: trial {followed.number}: {size}{described(plan.values)}: {came_to}")
+
     def _show(self) -> None:
-        over = sum(followed.over for followed in self._trials.values())
-        self._bar.update(over, f"trials  best validation accuracy {self._best:.4f}")
+        best = max((followed.best for followed in self._trials.values()), default=0.0)
+        running = [followed for followed in self._trials.values() if not followed.over]
+        over = sorted((f for f in self._trials.values() if f.over), key=lambda f: -f.best)[:_BEST_SHOWN]
+        self._bar.table(
+            ("trial", "values", "parameters", "epoch", "validation accuracy", ""),
+            [followed.cells() for followed in [*running, *over]],
+        )
+        self._bar.update(self.ended, f"trials  best validation accuracy {best:.4f}")
 
     def rows(self, trial_ids: Sequence[str]) -> tuple[list[TrialRow], dict[int, Trial]]:
-        """A row a trial, in the order given, read from the folders: what stands there is what counts."""
+        """A row a started trial, in the order given, read from the folders: what stands there is what counts."""
         failed = {
             followed.plan.stage.digest: followed.reason
             for followed in self._trials.values()
             if followed.reason and followed.plan.stage is not None and followed.plan.status == "ready"
         }
-        trials = [self._trials[trial_id].plan for trial_id in trial_ids]
-        return [_row(number, trial, failed) for number, trial in enumerate(trials)], dict(enumerate(trials))
+        trials = [self._trials[trial_id].plan for trial_id in trial_ids if trial_id in self._trials]
+        tune = self._inputs.config.tune
+        assert tune is not None
+        why_stopped = f"the {tune.minutes:g} minutes of tune.minutes were over" if self._out_of_time else _CUT
+        return [_row(number, trial, failed, why_stopped) for number, trial in enumerate(trials)], dict(
+            enumerate(trials)
+        )
 
 
-def _row(number: int, trial: Trial, failed: Mapping[str, str | None]) -> TrialRow:
-
+def _row(number: int, trial: Trial, failed: Mapping[str, str | None], why_stopped: str) -> TrialRow:
     if trial.config is None or trial.stage is None:
         return TrialRow(number, trial.values, None, 0, None, 0.0, "invalid", trial.reason, None)
     if trial.status == "infeasible":
         return TrialRow(number, trial.values, None, 0, trial.parameters, 0.0, "infeasible", trial.reason, None)
-    history, train = progress.read_history(trial.stage.folder), trial.config.student.train
+    folder, train = trial.stage.folder, trial.config.student.train
+    history = progress.read_history(folder)
     status: Status = "completed" if is_over(history, train.epochs, train.early_stop_epochs) else "stopped"
-    reason = "stopped by the scheduler: others were better after as many epochs" if status == "stopped" else None
+    reason = why_stopped if status == "stopped" else None
     if status == "stopped" and trial.stage.digest in failed:
         status, reason = "failed", failed[trial.stage.digest]
-    accuracy = max((score(row) for row in history), default=None)
-    seconds = sum(row["train_seconds"] + row["validation_seconds"] for row in history)
-    folder = str(trial.stage.folder)
+    best = max(history, key=score, default=None)
     return TrialRow(
-        number, trial.values, accuracy, len(history), trial.parameters, round(seconds, 3), status, reason, folder
-    )
+        number, trial.values, None if best is None else score(best), len(history), trial.parameters, _seconds(history),
+        status, reason, str(folder), folder.size(WEIGHTS_FILE) if status == "completed" else None,
+        metrics={} if best is None else {key: best[key] for key in _METRICS if key in best},
+    )  # fmt: skip
+
+
+def _seconds(history: History) -> float:
+    return round(sum(row["train_seconds"] + row["validation_seconds"] for row in history), 3)
 
 
 def callback_of(watch: Watch) -> Any:
@@ -134,6 +229,23 @@ def callback_of(watch: Watch) -> Any:
             self.trial_ids = tuple(trial.trial_id for trial in trials)
 
     return Watcher()
+
+
+def stopper_of(watch: Watch) -> Any:
+    """Ends the search when its minutes are over, as Ray Tune asks for it."""
+    from ray import tune as ray_tune
+
+    class OutOfTime(ray_tune.Stopper):  # type: ignore[misc]
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return watch.is_out_of_time()
+
+        def __reduce__(self) -> tuple[Any, tuple[()]]:
+            return ray_tune.stopper.NoopStopper, ()  # pickled as the callbacks are
+
+    return OutOfTime()
 
 
 def _reason_of(trial: Any) -> str:

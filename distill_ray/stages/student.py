@@ -52,9 +52,19 @@ class Student:
 @entry.Stage
 def run(context: Context) -> list[Student]:
     """The finished students of the config and their CE-only controls, seed by seed."""
+    return _run(context, controls=True)
+
+
+def run_alone(context: Context) -> list[Student]:
+    """The same without controls: a search has controls of its own."""
+    return _run(context, controls=False)
+
+
+def _run(context: Context, *, controls: bool) -> list[Student]:
     data, labels = prepare.run(context), label.run(context)
     labelled = opening.has_labels(opening.data_store(context.config, data), "train")
     wanted = students_of(context.config, context.out, data, labels, labelled=labelled)
+    wanted = [student for student in wanted if controls or student.role == "student"]
     _make_all(context, data, labels, wanted)
     return wanted
 

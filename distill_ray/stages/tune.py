@@ -9,7 +9,6 @@ only they meet the test split.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -18,40 +17,37 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from distill_ray import artifacts, placing, runtime, usercode
 from distill_ray.artifacts import SUMMARY_FILE, Stage
-from distill_ray.config import Config, TuneConfig, digest_payload, imports_of, to_dict
+from distill_ray.config import CeLoss, Config, SpaceEntry, TuneConfig, digest_payload, imports_of, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
 from distill_ray.stages import (
     entry,
     given,
     label,
+    opening,
     prepare,
+    search_latency,
     search_results,
+    search_schedule,
     search_space,
     search_trial,
     search_watch,
     student,
     teacher,
 )
-from distill_ray.stages.context import Context
+from distill_ray.stages.context import Context, recorded
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
-from distill_ray.stages.search_watch import Watch
+from distill_ray.stages.search_watch import Budget, Watch
 
-TRIALS_FILE, PARETO_FILE = "trials.parquet", "pareto.json"
+TRIALS_FILE, CONTROLS_FILE, PARETO_FILE = "trials.parquet", "control_trials.parquet", "pareto.json"
 
-# Each finalist costs 2 * tune.seeds trainings, its controls included: 4 show the ends and the bend of a front, for
-# the price of 40 trainings at 5 seeds.
-MAX_FINALISTS = 4
 _MAX_RETRIES = 2  # of a trial whose process or node died; it continues from its last epoch
-# A rung at a quarter and at half of the epochs, half of the trials cut at each: with Ray's default of 4 a search of 24
-# trials would end with 1 or 2 whole ones, which is no front.
-_ASHA_FIRST_RUNG, _ASHA_REDUCTION = 4, 2
 
 
 @entry.Stage
@@ -107,33 +103,42 @@ def _check_installed(tune: TuneConfig) -> None:
 def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> None:
     started = time.perf_counter()
     seen = _label_state(inputs)
-    rows, plans = _search(context, tune, inputs)
+    found = _search(context, inputs, Budget(target.folder, tune.minutes), sorted(tune.space), "tune")
+    rows = _with_latency(context, inputs, found)
     target.folder.write_bytes(TRIALS_FILE, search_results.to_parquet(rows, sorted(tune.space)))
-    chosen = search_results.trial_front(rows)
-    if not chosen:
-        counts = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in rows).items())
-        reason = next((row.reason for row in rows if row.reason), "no reason was recorded")
-        raise RunError(f"tune: none of {len(rows)} trials reached its last epoch ({counts}); the first: {reason}")
-    measured = _finish(context, tune, plans, search_results.spread(chosen, MAX_FINALISTS))
-    pareto = search_results.pareto(chosen, measured)
+    front = search_results.trial_front(rows)
+    if not front:
+        raise RunError(_why_nothing(rows))
+    chosen = search_results.spread(front, tune.finalists)
+    controls = _search_controls(context, tune, inputs, found, chosen)
+    control_keys = sorted(search_space.control_space(inputs.config.student, tune))
+    if controls.rows:
+        target.folder.write_bytes(CONTROLS_FILE, search_results.to_parquet(controls.rows, ["finalist", *control_keys]))
+    model = teacher.run(context).finished() or {}
+    measured = _finish(context, tune, found, controls, chosen, model.get("accuracy"))
+    told = {"test_accuracy": model.get("accuracy"), **{key: model.get(key) for key in ("parameters", "latency_ms")}}
+    pareto = search_results.pareto(rows, measured, told if model.get("parameters") else None)
     target.folder.write_json(PARETO_FILE, pareto)
     if _label_state(inputs) != seen:
         raise RunError(f"tune: {inputs.labels.folder} changed during the search: run the command again")
-    best = max(chosen, key=lambda row: row.validation_accuracy or 0.0)
-    target.folder.write_json(
-        SUMMARY_FILE,
-        {
-            "trials": len(rows), "counts": dict(Counter(row.status for row in rows)),
-            "finalists": len(measured), "seeds": tune.seeds,
-            "best": {key: value for key, value in asdict(best).items() if key not in ("status", "reason")},
-            "seconds": round(time.perf_counter() - started, 3),
-            # A trial is given the two stores and no teacher; this is the label store's commit before and, as checked
-            # above, after the search.
-            "labels_manifest_sha256": seen,
-            "teacher_passes_without_labels": sum({row.folder: row.epochs for row in rows}.values()),
-            "labels_digest": inputs.labels.digest, "data_digest": inputs.data.digest,
-        },
-    )  # fmt: skip
+    best = max(front, key=lambda row: row.validation_accuracy or 0.0)
+    summary = {
+        "trials": len(rows), "counts": dict(Counter(row.status for row in rows)),
+        "control_trials": len(controls.rows), "finalists": len(measured), "seeds": tune.seeds,
+        "best": {key: value for key, value in asdict(best).items() if key not in ("status", "reason")},
+        "seconds": round(time.perf_counter() - started, 3), "search_seconds": found.seconds,
+        # A trial is given the two stores and no teacher; this is the label store's commit before and, as checked
+        # above, after the search.
+        "labels_manifest_sha256": seen, "labels_digest": inputs.labels.digest, "data_digest": inputs.data.digest,
+        **_saved(inputs, rows, measured, found, tune),
+    }  # fmt: skip
+    target.folder.write_json(SUMMARY_FILE, summary)
+
+
+def _why_nothing(rows: Sequence[TrialRow]) -> str:
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in rows).items())
+    reason = next((row.reason for row in rows if row.reason), "tune.minutes were over before one was started")
+    return f"tune: none of {len(rows)} trials reached its last epoch within the constraints ({counts}); first: {reason}"
 
 
 def _label_state(inputs: Inputs) -> str:
@@ -141,11 +146,43 @@ def _label_state(inputs: Inputs) -> str:
     return hashlib.sha256(inputs.labels.folder.read_bytes(inputs.labels.marker)).hexdigest()
 
 
+def _saved(
+    inputs: Inputs, rows: Sequence[TrialRow], measured: Mapping[int, Any], found: Found, tune: TuneConfig
+) -> dict[str, Any]:
+    """What a teacher in the loop would have cost: a pass over training and validation rows for each epoch trained.
+
+    The seconds are those that labelling took for as many rows; None where nothing was labelled (imported logits, or a
+    store of an earlier version).
+    """
+    passes = sum({row.folder: row.epochs for row in rows}.values())
+    for trial in measured:
+        config = found.plans[trial].config
+        assert config is not None
+        passes += (tune.seeds - 1) * config.student.train.epochs  # the first seed is the trial's own
+    splits = opening.data_store(inputs.config, inputs.data).manifest.splits
+    rate = recorded(inputs.labels.folder).get("rows_per_s")
+    rows_a_pass = splits["train"].rows + splits["validation"].rows
+    seconds = round(passes * rows_a_pass / rate, 1) if isinstance(rate, int | float) and rate > 0 else None
+    return {"teacher_passes_saved": passes, "teacher_seconds_saved": seconds}
+
+
 # --- the search -----------------------------------------------------------------------------------------------------
 
 
-def _search(context: Context, tune: TuneConfig, inputs: Inputs) -> tuple[list[TrialRow], dict[int, Trial]]:
-    """Run the trials; a row for each, in the order in which they were sampled, and what each was.
+@dataclass(frozen=True)
+class Found:
+    """What a search of Ray Tune's came to: a row a trial, in the order they were sampled in, and what each was."""
+
+    rows: list[TrialRow]
+    plans: Mapping[int, Trial]
+    seconds: float = 0.0
+
+
+def _search(
+    context: Context, inputs: Inputs, budget: Budget, keys: Sequence[str], name: str,
+    given: Sequence[Mapping[str, Any]] = (),
+) -> Found:  # fmt: skip
+    """Run the trials: those that the space gives, or ``given`` ones; ``keys`` tell them apart.
 
     A killed search is not restored from Tune's own state, which is pickled and lives in a scratch folder. It samples
     again: random and grid draw the same sequence from the same seed, and a trial whose folder is trained costs no more
@@ -155,34 +192,40 @@ def _search(context: Context, tune: TuneConfig, inputs: Inputs) -> tuple[list[Tr
     """
     from ray import tune as ray_tune
 
-    placement = _placement(context, tune)
+    tune = inputs.config.tune
+    assert tune is not None
+    count = len(given) or tune.planned_trials
+    started, placement = time.perf_counter(), _placement(context, count)
     job = search_trial.job_of(inputs, placement)
     resources = {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.gpus else {})}
     trainable = ray_tune.with_resources(ray_tune.with_parameters(search_trial.train_trial, job=job), resources)
     with (
         tempfile.TemporaryDirectory(prefix="distill-ray-tune-") as scratch,
-        context.reporter.progress("tune", tune.planned_trials) as bar,
+        context.reporter.progress(name, count) as bar,
         _quiet_tune(),
     ):
-        watcher = search_watch.callback_of(watch := Watch(context, inputs, bar))
+        watcher = search_watch.callback_of(watch := Watch(context, inputs, bar, budget, keys, name))
         tuner = ray_tune.Tuner(
-            trainable, param_space=_param_space(tune), tune_config=_tune_config(tune, inputs.config, placement),
+            trainable,
+            param_space={search_space.GIVEN: ray_tune.grid_search(list(given))} if given else _param_space(tune),
+            tune_config=_tune_config(tune, inputs.config, placement, watch, drawn=not given),
             run_config=ray_tune.RunConfig(
                 name="search", storage_path=scratch, verbose=0, callbacks=[watcher],
                 failure_config=ray_tune.FailureConfig(max_failures=_MAX_RETRIES),
+                stop=search_watch.stopper_of(watch),
             ),
         )  # fmt: skip
         try:
             tuner.fit()
         except Exception as error:
             raise runtime.as_run_error("tune", error) from error
-    return watch.rows(watcher.trial_ids)
+    return Found(*watch.rows(watcher.trial_ids), round(time.perf_counter() - started, 3))
 
 
-def _placement(context: Context, tune: TuneConfig) -> Placement:
+def _placement(context: Context, trials: int) -> Placement:
     """One CPU a trial, or the configured part of a GPU; as many at a time as the cluster holds."""
     nodes = context.session.start()
-    return placing.independent(context.config.cluster, nodes, tune.planned_trials)
+    return placing.independent(context.config.cluster, nodes, trials)
 
 
 def _param_space(tune: TuneConfig) -> dict[str, Any]:
@@ -190,11 +233,18 @@ def _param_space(tune: TuneConfig) -> dict[str, Any]:
     sequence."""
     from ray import tune as ray_tune
 
+    if tune.search == "grid":
+        return {key: ray_tune.grid_search(list(range(len(e.options)))) for key, e in sorted(tune.space.items())}
+    return _domains(tune.space)
+
+
+def _domains(space: Mapping[str, SpaceEntry]) -> dict[str, Any]:
+    from ray import tune as ray_tune
+
     domains: dict[str, Any] = {}
-    for key, dimension in sorted(tune.space.items()):
+    for key, dimension in sorted(space.items()):
         if dimension.options:
-            numbers = list(range(len(dimension.options)))
-            domains[key] = ray_tune.grid_search(numbers) if tune.search == "grid" else ray_tune.choice(numbers)
+            domains[key] = ray_tune.choice(list(range(len(dimension.options))))
         elif dimension.loguniform:
             domains[key] = ray_tune.loguniform(*dimension.loguniform)
         elif dimension.quniform:
@@ -204,12 +254,13 @@ def _param_space(tune: TuneConfig) -> dict[str, Any]:
     return domains
 
 
-def _tune_config(tune: TuneConfig, config: Config, placement: Placement) -> Any:
+def _tune_config(tune: TuneConfig, config: Config, placement: Placement, watch: Watch, *, drawn: bool) -> Any:
+    """``drawn``: from the space, by its sampler; else the trials are given, as a grid of one key."""
     from ray import tune as ray_tune
-    from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
-    if tune.search == "optuna":
+    optuna = tune.search == "optuna" and drawn
+    if optuna:
         from ray.tune.search.optuna import OptunaSearch
 
         sampler: Any = ConcurrencyLimiter(
@@ -220,14 +271,11 @@ def _tune_config(tune: TuneConfig, config: Config, placement: Placement) -> Any:
     scheduler = None
     if tune.scheduler == "asha":
         epochs = _most_epochs(tune, config)
-        scheduler = ASHAScheduler(
-            time_attr="epoch", metric=METRIC, mode="max", max_t=epochs, reduction_factor=_ASHA_REDUCTION,
-            grace_period=max(1, epochs // _ASHA_FIRST_RUNG), stop_last_trials=False,
-        )  # fmt: skip
-    alone = {} if scheduler is not None or tune.search == "optuna" else {"metric": METRIC, "mode": "max"}
+        scheduler = search_schedule.asha_by_size(epochs, lambda sample: watch.plan(sample).parameters)
+    alone = {} if scheduler is not None or optuna else {"metric": METRIC, "mode": "max"}
     return ray_tune.TuneConfig(
         search_alg=sampler, scheduler=scheduler, reuse_actors=True,
-        num_samples=1 if tune.search == "grid" else tune.trials, **alone,
+        num_samples=1 if tune.search == "grid" or not drawn else tune.trials, **alone,
     )  # fmt: skip
 
 
@@ -260,29 +308,110 @@ def _quiet_tune() -> Iterator[None]:
 # --- after the search -------------------------------------------------------------------------------------------------
 
 
+def _with_latency(context: Context, inputs: Inputs, found: Found) -> list[TrialRow]:
+    """The rows with the latency of each trained student, measured now that nothing else runs; those that it puts
+    outside of the constraints are told so."""
+    trained = {row.id: found.plans[row.id] for row in found.rows if row.status == "completed"}
+    latencies = search_latency.measure(context, inputs, trained)
+    assert inputs.config.tune is not None
+    limits = {str(measure): limit for measure, limit in inputs.config.tune.limits}
+    return [_within(replace(row, latency_ms=latencies.get(row.id)), limits) for row in found.rows]
+
+
+def _within(row: TrialRow, limits: Mapping[str, float]) -> TrialRow:
+    for measure, value in (("bytes", row.bytes), ("latency_ms", row.latency_ms)):
+        if row.status == "completed" and value is not None and value > limits.get(measure, value):
+            return replace(row, status="infeasible", reason=search_space.exceeds(measure, value, limits[measure]))
+    return row
+
+
+def _search_controls(
+    context: Context, tune: TuneConfig, inputs: Inputs, found: Found, chosen: Sequence[TrialRow]
+) -> Found:
+    """A search for each finalist's CE-only control, all together of as many trials as the students had.
+
+    A control that were not searched for would make any search look like distillation's gain. One of its trials has the
+    student's own values.
+    """
+    sections = [_config_of(found, row).student for row in chosen]
+    if not opening.has_labels(opening.data_store(inputs.config, inputs.data), "train"):
+        return Found([], {})
+    own = {number: section for number, section in enumerate(sections) if not isinstance(section.loss, CeLoss)}
+    tried = sum(row.status in ("completed", "stopped", "failed") for row in found.rows)
+    each = -(-tried // max(1, len(chosen)))
+    given = [
+        search_space.control_values(section, sampled)
+        for number, section in own.items()
+        for sampled in [
+            {},
+            *_drawn(search_space.control_space(inputs.config.student, tune), each - 1, tune.seed + number),
+        ]
+    ]
+    if not given:
+        return Found([], {})
+    keys = sorted(search_space.control_space(inputs.config.student, tune))
+    context.reporter.line(f"controls: {each} trials over {', '.join(keys)} for each of {len(own)} finalists")
+    controls = _search(context, inputs, Budget(inputs.out, None), keys, "controls", given)
+    ids = [chosen[number].id for number in own]
+    rows = [replace(row, values={"finalist": ids[row.id // each], **row.values}) for row in controls.rows]
+    return Found(rows, controls.plans, controls.seconds)
+
+
+def _drawn(space: Mapping[str, SpaceEntry], count: int, seed: int) -> list[dict[str, Any]]:
+    """``count`` samples of a space, by Ray Tune's own domains."""
+    import numpy as np
+
+    random = np.random.RandomState(seed)
+    domains = _domains(space)
+    return [
+        search_space.decode(space, {key: domain.sample(random_state=random) for key, domain in domains.items()})
+        for _ in range(count)
+    ]
+
+
+def _config_of(found: Found, row: TrialRow) -> Config:
+    config = found.plans[row.id].config
+    assert config is not None
+    return config
+
+
 def _finish(
-    context: Context, tune: TuneConfig, plans: Mapping[int, Trial], rows: Sequence[TrialRow]
-) -> dict[int, dict[str, Any]]:
-    """Repeat the finalists over the seeds beside their controls, and only now look at the test split.
+    context: Context, tune: TuneConfig, found: Found, controls: Found, rows: Sequence[TrialRow],
+    teacher_accuracy: float | None,
+) -> dict[int, dict[str, Any]]:  # fmt: skip
+    """Repeat the finalists, and the best control of each, over the seeds, and only now look at the test split.
 
     Each is the ``student`` stage of its config: what exists is not trained again, and latency is measured alone.
     """
-    found: dict[int, dict[str, Any]] = {}
+    entries: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(rows, 1):
-        config = plans[row.id].config
-        assert config is not None
+        config = _config_of(found, row)
         # The trial's own seed, then 0, 1, 2, ...: tune.seeds in all.
         seeds = tuple(dict.fromkeys((config.student.seeds[0], *range(tune.seeds))))[: tune.seeds]
-        values = ", ".join(f"{key}={json.dumps(value)}" for key, value in row.values.items())
-        context.reporter.line(f"tune: finalist {number} of {len(rows)}: {row.parameters:,} parameters, {values}")
-        section = config.student.model_copy(update={"seeds": seeds})
-        made = student.run(replace(context, config=config.model_copy(update={"student": section})))
-        summaries = {
-            role: [m.stage.finished() or {} for m in made if m.role == role] for role in ("student", "control")
-        }
-        found[row.id] = search_results.finalist(summaries["student"], summaries["control"])
-        context.reporter.line(f"tune: {_told(found[row.id])}")
-    return found
+        told = search_results.described(row.values)
+        context.reporter.line(f"tune: finalist {number} of {len(rows)}: {row.parameters:,} parameters, {told}")
+        mine = [control for control in controls.rows if control.values["finalist"] == row.id]
+        best = max(
+            (control for control in mine if control.status == "completed"),
+            key=lambda control: control.validation_accuracy or 0.0, default=None,
+        )  # fmt: skip
+        students = _over_seeds(context, config, seeds)
+        others = _over_seeds(context, _config_of(controls, best), seeds) if best is not None else []
+        entry = entries[row.id] = search_results.finalist(students, others, teacher_accuracy)
+        if best is not None:
+            values = {key: value for key, value in best.values.items() if key != "finalist"}
+            entry["control"] |= {
+                "trials": len(mine), "searched": values, "validation_accuracy": best.validation_accuracy
+            }  # fmt: skip
+        context.reporter.line(f"tune: {_told(entry)}")
+    return entries
+
+
+def _over_seeds(context: Context, config: Config, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+    """The summaries of the finished students of a config, seed by seed, without controls of their own."""
+    section = config.student.model_copy(update={"seeds": seeds})
+    made = student.run_alone(replace(context, config=config.model_copy(update={"student": section})))
+    return [one.stage.finished() or {} for one in made]
 
 
 def _told(entry: Mapping[str, Any]) -> str:
