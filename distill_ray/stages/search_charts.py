@@ -114,6 +114,8 @@ def _drawing(name: str, title: str, paint: Callable[[Axes], None]) -> Drawing:
         axes = figure.add_subplot()
         paint(axes)
         charts.dress(axes)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # once for all three
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=_PNG_DPI, facecolor="white")
         svg = _svg(figure, facecolor="white")
