@@ -1,4 +1,4 @@
-"""Learning curves as inline SVG for report.html, drawn by matplotlib.
+"""Learning curves as inline SVG for report.html, drawn by matplotlib; what a search shows is in ``search_charts``.
 
 matplotlib is imported only where something is drawn: a report whose curves are unchanged keeps the drawings it has, and
 a reused run does not wait for the import. Text and axes take the page's own colour, so that one drawing is readable on
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK = "#010203"  # stands for the page's text colour until the drawing is done
+INK = "#010203"  # stands for the page's text colour until the drawing is done
 _SIZE_INCHES = (4.6, 3.0)
 _MARKED_EPOCHS = 30  # with more epochs than this, a mark on each would hide the line
 
@@ -104,7 +104,7 @@ def _svg(kind: _Kind, curves: Sequence[Curve]) -> str:
         _dress(axes)
         target = io.StringIO()
         figure.savefig(target, format="svg", transparent=True)
-    return _inline(target.getvalue(), kind.title)
+    return inline(target.getvalue(), kind.title)
 
 
 def _plot(axes: Axes, curve: Curve, key: str) -> None:
@@ -124,14 +124,21 @@ def _dress(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("epoch", color=_INK)
-    axes.tick_params(colors=_INK)
-    axes.grid(color=_INK, alpha=0.15, linewidth=0.8)
+    axes.set_xlabel("epoch")
+    dress(axes)
+
+
+def dress(axes: Axes) -> None:
+    """Labels, ticks and spines in the colour that ``inline`` makes the page's own; a faint grid."""
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    axes.tick_params(colors=INK)
+    axes.grid(color=INK, alpha=0.15, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.spines[["left", "bottom"]].set_color(INK)
 
 
-def _inline(svg: str, title: str) -> str:
+def inline(svg: str, title: str) -> str:
     """The ``<svg>`` element alone, named for screen readers, in the page's text colour."""
     element = svg[svg.index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
@@ -139,4 +146,4 @@ def _inline(svg: str, title: str) -> str:
     element = re.sub(r' (width|height)="[\d.]+pt"', "", element, count=2)  # the page decides, the view box scales
     element = re.sub(r'<g id="[^"]*"', "<g", element)  # group names repeat from chart to chart; nothing refers to them
     named = element.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
-    return named.replace(_INK, "currentColor").strip()
+    return named.replace(INK, "currentColor").strip()

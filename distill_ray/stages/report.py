@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from distill_ray import evidence
 from distill_ray.config import to_dict, to_yaml
-from distill_ray.stages import charts, entry, progress, results
+from distill_ray.stages import charts, entry, pages, progress, results
 from distill_ray.stages.charts import Curve
 from distill_ray.stages.context import Context
 from distill_ray.storage import Folder
@@ -88,7 +86,7 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         return ["The test split has no labels: whether distillation gained accuracy cannot be said."]
     sentences = [
         f"Seed {pair.seed}: the distilled student is right on {100 * pair.student:.2f} % of the test rows, its "
-        f"control on {100 * pair.control:.2f} %: distillation {_change(pair.gain)}."
+        f"control on {100 * pair.control:.2f} %: distillation {pages.change(pair.gain)}."
         for pair in found
     ]
     return [*sentences, _overall([pair.gain for pair in found])]
@@ -109,18 +107,12 @@ def _overall(gains: Sequence[float]) -> str:
     difference = evidence.paired_difference(gains, [0.0] * len(gains))
     low, high = difference["low"], difference["high"]
     text = (
-        f"Over {len(gains)} seeds distillation {_change(difference['mean'])} on average; the 95 % interval of the "
+        f"Over {len(gains)} seeds distillation {pages.change(difference['mean'])} on average; the 95 % interval of the "
         f"paired difference (Student's t) goes from {100 * low:+.2f} to {100 * high:+.2f} points"
     )
     if low <= 0 <= high:
         return f"{text} and spans 0: not resolved with these seeds."
     return f"{text}."
-
-
-def _change(gain: float) -> str:
-    if gain == 0:
-        return "neither gained nor lost"
-    return f"{'gained' if gain > 0 else 'lost'} {abs(100 * gain):.2f} percentage points"
 
 
 def _existing(folder: Folder) -> str | None:
@@ -134,11 +126,8 @@ def _render(context: Context, summary: Mapping[str, Any], before: str | None) ->
     curves = _curves(summary["rows"])
     digest = charts.digest(curves)
     drawn = _DRAWN.search(before or "")
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"fixed": _fixed, "count": _count, "size": _size, "ratio": _ratio, "short": _short}
+    environment = pages.environment()
+    environment.filters |= {"ratio": _ratio, "short": _short}
     return environment.get_template(_TEMPLATE).render(
         summary=summary, teacher=summary["rows"][0], verdict=verdict(summary["rows"]), lines=_legend(summary["rows"]),
         charts_digest=digest, charts=None if drawn and drawn["digest"] == digest else _drawings(curves),
@@ -172,24 +161,6 @@ def _label_manifest(summary: Mapping[str, Any]) -> LabelManifest | None:
 
 def _yaml(context: Context) -> str:
     return to_yaml(to_dict(context.config))
-
-
-def _fixed(value: float | None, digits: int) -> str:
-    return "n/a" if value is None else f"{value:.{digits}f}"
-
-
-def _count(value: int | None) -> str:
-    return "n/a" if value is None else f"{value:,}"
-
-
-def _size(value: float | None) -> str:
-    """Bytes with the decimal prefix that leaves at most three digits before the point."""
-    if value is None:
-        return "n/a"
-    units = ["B", "kB", "MB", "GB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:.0f} {units[0]}"
 
 
 def _ratio(value: int | None, whole: int | None) -> str:
