@@ -21,7 +21,7 @@ from distill_ray.storage import Folder
 StageName = Literal["data", "teacher", "labels", "student", "tune"]
 
 # Raised when the same config would give another result than before: new code, new folders.
-STAGE_VERSIONS: Mapping[StageName, int] = {"data": 1, "teacher": 1, "labels": 1, "student": 1, "tune": 1}
+STAGE_VERSIONS: Mapping[StageName, int] = {"data": 1, "teacher": 1, "labels": 1, "student": 1, "tune": 2}
 MARKERS: Mapping[StageName, str] = {
     "data": "manifest.json",
     "labels": "manifest.json",

@@ -45,8 +45,11 @@ class Trial:
     parameters: int | None = None
 
     def of_keys(self, keys: Collection[str]) -> Trial:
-        """The same, its values those of ``keys`` alone: a control is told by more values than are searched."""
-        return replace(self, values={key: value for key, value in self.values.items() if key in keys})
+        """The same, its values those of ``keys``, as its student has them: a control is told by whole sections."""
+        if self.config is None:
+            return replace(self, values={key: value for key, value in self.values.items() if key in keys})
+        whole = to_dict(self.config.student)
+        return replace(self, values={key: _value(whole, key) for key in keys if _has(whole, key)})
 
     @property
     def network(self) -> str:
@@ -237,6 +240,11 @@ def exceeds(measure: str, value: float, limit: float) -> str:
 def _has(raw: Any, key: str) -> bool:
     first, _, rest = key.partition(".")
     return isinstance(raw, dict) and first in raw and (not rest or _has(raw[first], rest))
+
+
+def _value(raw: Any, key: str) -> Any:
+    first, _, rest = key.partition(".")
+    return _value(raw[first], rest) if rest else raw[first]
 
 
 def _sizes(data: Stage, sampled: StudentConfig) -> dict[str, int]:

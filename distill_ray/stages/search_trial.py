@@ -42,7 +42,7 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     config = from_dict(job["config"])
     assert config.tune is not None
     inputs = Inputs(config, job["out"], job["data"], job["labels"])
-    trial = search_space.plan(inputs, search_space.decode(config.tune.space, sample))
+    trial = search_space.plan(inputs, search_space.values_of(config.tune, sample))
     if trial.status != "ready" or trial.config is None or trial.stage is None:
         _report(0, 0.0, reason=trial.reason)  # epoch 0 is below ASHA's first rung: it cuts nobody
         return

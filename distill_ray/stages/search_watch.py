@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ _BUDGET_FILE = "searching.json"
 _NOTE_EVERY_S = 5.0
 _BEST_SHOWN = 5
 _METRICS = ("train_loss", "train_ce", "train_kd", "validation_ce", "validation_agreement", "validation_kl")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _CUT = "stopped by the scheduler: others were better after as many epochs"
 
 
@@ -249,7 +251,9 @@ def stopper_of(watch: Watch) -> Any:
 
 
 def _reason_of(trial: Any) -> str:
-    """Why a trial ended without telling: what it raises itself it reports, so its process is gone."""
-    lines = [line.strip() for line in str(trial.get_error() or "").splitlines()]
-    told = next((line for line in lines if line and not line.startswith(("Failure #", "Traceback"))), "no trace of it")
-    return f"the trial's process died: {told}"
+    """Why a trial ended without telling: mostly its process is gone, since what it raises itself it reports."""
+    text = _ANSI.sub("", str(trial.get_error() or ""))
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Failure #")]
+    if "Traceback" in text and "ActorDiedError" not in text:
+        return lines[-1]
+    return f"the trial's process died: {next((line for line in lines if 'Traceback' not in line), 'no trace of it')}"

@@ -32,6 +32,7 @@ from distill_ray.stages import (
     opening,
     prepare,
     search_latency,
+    search_report,
     search_results,
     search_schedule,
     search_space,
@@ -87,8 +88,9 @@ def locate(inputs: Inputs) -> Stage:
 
 
 def is_whole(target: Stage) -> bool:
-    """Whether the search is finished and its tables are there."""
-    return target.finished() is not None and all(target.folder.exists(name) for name in (TRIALS_FILE, PARETO_FILE))
+    """Whether the search is finished, and its tables and page are there."""
+    files = (TRIALS_FILE, PARETO_FILE, search_report.REPORT_FILE)
+    return target.finished() is not None and all(target.folder.exists(name) for name in files)
 
 
 def _check_installed(tune: TuneConfig) -> None:
@@ -132,6 +134,9 @@ def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> 
         "labels_manifest_sha256": seen, "labels_digest": inputs.labels.digest, "data_digest": inputs.data.digest,
         **_saved(inputs, rows, measured, found, tune),
     }  # fmt: skip
+    title = f"{context.config.name}: search"
+    page = search_report.write(target.folder, title, rows, controls.rows, pareto, summary)
+    context.reporter.line(f"tune: {page}")
     target.folder.write_json(SUMMARY_FILE, summary)
 
 
@@ -154,11 +159,11 @@ def _saved(
     The seconds are those that labelling took for as many rows; None where nothing was labelled (imported logits, or a
     store of an earlier version).
     """
-    passes = sum({row.folder: row.epochs for row in rows}.values())
-    for trial in measured:
-        config = found.plans[trial].config
-        assert config is not None
-        passes += (tune.seeds - 1) * config.student.train.epochs  # the first seed is the trial's own
+    distilled = {row.folder: row.epochs for row in rows if row.folder and _is_distilled(found, row)}
+    passes = sum(distilled.values())
+    for row in rows:
+        if row.id in measured and _is_distilled(found, row):
+            passes += (tune.seeds - 1) * row.epochs  # the first seed is the trial's own
     splits = opening.data_store(inputs.config, inputs.data).manifest.splits
     rate = recorded(inputs.labels.folder).get("rows_per_s")
     rows_a_pass = splits["train"].rows + splits["validation"].rows
@@ -167,6 +172,10 @@ def _saved(
 
 
 # --- the search -----------------------------------------------------------------------------------------------------
+
+
+def _is_distilled(found: Found, row: TrialRow) -> bool:
+    return not isinstance(_config_of(found, row).student.loss, CeLoss)
 
 
 @dataclass(frozen=True)
