@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from distill_ray.artifacts import Stage, exclusive
 from distill_ray.config import SpaceEntry, StudentConfig, TuneConfig, from_dict, to_dict
 from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
-from distill_ray.stages import search_results, search_schedule, search_space, search_trial, search_watch, tune
+from distill_ray.stages import search_results, search_schedule, search_space, search_trial, tune
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.stages.search_watch import Budget
 from distill_ray.storage import Folder
@@ -192,7 +193,7 @@ def test_sizes_within_a_factor_of_two_compete() -> None:
 
 def test_the_minutes_of_a_killed_search_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(search_watch.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     folder = Folder.at(tmp_path)
     first = Budget(folder, 2.0)
     now[0] = 90.0
