@@ -185,11 +185,11 @@ def _has(raw: Any, key: str) -> bool:
 
 def _parameters(data: Stage, sampled: StudentConfig) -> int:
     from distill_ray.models.classifier import count_parameters
-    from distill_ray.stages import model_folder
+    from distill_ray.stages.model_spec import model_spec
     from distill_ray.store import open_store
 
     # Shapes only: a candidate far above the limit costs no memory.
-    spec = model_folder.model_spec(open_store(data.folder).data_manifest, sampled.model)
+    spec = model_spec(open_store(data.folder).data_manifest, sampled.model)
     return count_parameters(spec.build_on_meta(key="model"))
 
 
