@@ -72,11 +72,9 @@ def side_by_side_rows_per_s(works: Sequence[Training]) -> float:
     return sum(work.rows * work.epochs for work in works) / min(one_by_one, at_once)
 
 
-def many_rows_per_s(works: Sequence[Training]) -> float:
-    """Training rows/s of many models on the same rows, of the best layout: a process a CPU, each of which takes a
-    further model when it is done with one, or one after another with all CPUs."""
-    spans = [_span(_run_queue(works, layout)) for layout in layouts()]
-    return sum(work.rows * work.epochs for work in works) / min(spans)
+def many_rows_per_s(works: Sequence[Training], layout: Layout) -> float:
+    """Training rows/s of many models on the same rows: each process takes a further model when it is done with one."""
+    return sum(work.rows * work.epochs for work in works) / _span(_run_queue(works, layout))
 
 
 def rows_per_s(work: Training) -> float:

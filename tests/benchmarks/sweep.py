@@ -20,6 +20,7 @@ from distill_ray.artifacts import SUMMARY_FILE
 from distill_ray.stages.context import recorded
 from distill_ray.storage import Folder
 from tests.benchmarks import bare_training
+from tests.benchmarks.bare import Layout, layouts
 from tests.benchmarks.bare_training import Training
 from tests.benchmarks.common import Figure, Settings, alternate, benchmark, say
 from tests.benchmarks.project import STUDENT, Project
@@ -42,11 +43,11 @@ def trials(settings: Settings) -> Figure:
     search to the end of its last trial, so Ray Tune's import in the command, the start of the actors (torch and Ray are
     imported there, the stores opened), reports, checkpoints and the W&B child beside them are in it. The start and the
     end of Ray, the finalists, their controls and the tables are not. The bare loops have processes that are warm and
-    rows that are loaded; one a CPU with one thread each, or one with all CPUs, whichever is faster in this pair.
+    rows that are loaded: one a CPU with one thread each, or one with all CPUs, whichever is faster in a short run.
     """
     resolved = precision.resolve("auto", torch.device("cpu"))
     count = settings.sized(_TRIALS, _LEAST_TRIALS)
-    rate = _bare_rate(settings, resolved, count)
+    layout, rate = _best_bare_loops(settings, resolved, count)
     rows = max(settings.sized(_LEAST_ROWS, _FEW_ROWS), round(rate * settings.seconds / (count * _EPOCHS)))
     project = _searched_project(settings.out / "sweep", rows)
     works = _bare_works(project, resolved, count, epochs=_EPOCHS)
@@ -59,7 +60,7 @@ def trials(settings: Settings) -> Figure:
             raise RuntimeError(f"trials ran in {used}, the bare loops run in {resolved}")
         return sum(work.rows * work.epochs for work in works) / seconds
 
-    pairs = alternate("sweep.trials", settings.pairs, ours, partial(bare_training.many_rows_per_s, works))
+    pairs = alternate("sweep.trials", settings.pairs, ours, partial(bare_training.many_rows_per_s, works, layout))
     return Figure("sweep.trials", "rows/s", pairs, target=0.83)
 
 
@@ -116,10 +117,12 @@ def _bare_works(project: Project, resolved: str, count: int, epochs: int) -> lis
     return [replace(work, temperature=float(value)) for value in np.linspace(*_TEMPERATURES, count)]
 
 
-def _bare_rate(settings: Settings, resolved: str, count: int) -> float:
+def _best_bare_loops(settings: Settings, resolved: str, count: int) -> tuple[Layout, float]:
     """What the bare loops do in a few seconds of work, without labels: how many rows the whole should have."""
     rows = settings.sized(_CALIBRATION_ROWS, _FEW_ROWS)
     project = Project.make(settings.out / "calibration-sweep", rows, STUDENT)
-    rate = bare_training.many_rows_per_s(_bare_works(project, resolved, count, epochs=1))
-    say(f"{count} bare training loops in {resolved}: {rate:,.0f} rows/s")
-    return rate
+    works = _bare_works(project, resolved, count, epochs=1)
+    rates = {layout: bare_training.many_rows_per_s(works, layout) for layout in layouts()}
+    for layout, rate in rates.items():
+        say(f"{count} bare loops in {resolved}, {layout.processes} x {layout.threads}: {rate:,.0f} rows/s")
+    return max(rates.items(), key=lambda item: item[1])
