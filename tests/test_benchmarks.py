@@ -93,6 +93,7 @@ def test_label_figures_come_from_the_same_runs_of_the_command() -> None:
     assert steady["ours"] > cold["ours"]  # the start of Ray is in one of them
 
 
+@pytest.mark.slow
 def test_sweep_figures() -> None:
     rows = _rows("sweep", "--pairs", "1", "--seconds", "0.1", "--scale", "0.05")
     assert list(rows) == ["sweep.trials", "sweep.cost"]
