@@ -17,7 +17,7 @@ from tests.harness import RUN_TIMEOUT_S, environment
 
 KEYS = ["name", "ratio", "target", "met", "ours", "reference", "unit", "pairs"]
 SHARE_OF_A_ROW = 0.1  # of its bytes: what a row more may add to the memory
-AT_MOST = {"label.memory", "store.bytes", "store.memory", "store.open"}
+AT_MOST = {"label.memory", "store.bytes", "store.memory", "store.open", "sweep.cost"}
 
 
 def _benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -91,6 +91,14 @@ def test_label_figures_come_from_the_same_runs_of_the_command() -> None:
     steady, cold = rows["label.steady"], rows["label.cold"]
     assert steady["reference"] == cold["reference"]
     assert steady["ours"] > cold["ours"]  # the start of Ray is in one of them
+
+
+@pytest.mark.slow
+def test_sweep_figures() -> None:
+    rows = _rows("sweep", "--pairs", "1", "--seconds", "0.1", "--scale", "0.05")
+    assert list(rows) == ["sweep.trials", "sweep.cost"]
+    assert rows["sweep.trials"]["unit"] == "rows/s"
+    assert rows["sweep.cost"]["reference"] is None
 
 
 @pytest.mark.slow

@@ -16,23 +16,12 @@ from distill_ray.models.classifier import check_output, count_parameters, is_our
 from distill_ray.order import least_rows
 from distill_ray.placing import Placement
 from distill_ray.stages.context import recorded
+from distill_ray.stages.model_spec import model_spec as model_spec
 from distill_ray.storage import Folder
 from distill_ray.store import DataManifest, SplitArrays, Store, StoredSplit, read_shards, read_split
 from distill_ray.training import FitResult, FitSpec
 
 _EVALUATION_BATCH = 512
-
-
-def model_spec(data: DataManifest, model: Any) -> ModelSpec:
-    """``model`` for the inputs and classes of this data store."""
-    return ModelSpec(
-        model=model,
-        input=data.input,
-        shape=data.shape,
-        dtype=data.dtype,
-        classes=data.classes,
-        class_names=data.class_names,
-    )
 
 
 def student_spec(

@@ -59,14 +59,14 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
 
 
 def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, share_bytes: float) -> None:
-    from distill_ray.stages import model_folder
-    from distill_ray.training import Worker, fit
-
     history, section = _history(target), config.student
     for row in history:
         _report(int(row["epoch"]), _best(history[: int(row["epoch"])]))
     if _is_over(history, section):
         return
+    from distill_ray.stages import model_folder  # seconds, of which trials that are trained already have no need
+    from distill_ray.training import Worker, fit
+
     device, seed = runtime.worker_device(), section.seeds[0]
     data = opening.data_store(inputs.config, inputs.data)
     spec = model_folder.student_spec(data.data_manifest, section, section.loss, seed, target.folder, device)

@@ -67,7 +67,9 @@ def run(context: Context) -> dict[str, Any]:
     data, labels = prepare.run(context), label.run(context)
     inputs = Inputs(context.config, context.out, data, labels)
     target = locate(inputs)
-    context.once("tune", target, is_whole, lambda: _make(context, tune, inputs, target))
+    # The first trial waits for the driver to count its parameters: for the import of torch, were that not done by then.
+    ahead = "distill_ray.stages.model_spec"
+    context.once("tune", target, is_whole, lambda: _make(context, tune, inputs, target), ahead=ahead)
     return {"tune": {"folder": str(target.folder), **(target.finished() or {}), **target.folder.read_json(PARETO_FILE)}}
 
 

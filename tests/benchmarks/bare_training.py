@@ -8,12 +8,15 @@ checkpoints, no metrics but the accuracy on the validation rows, no files.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.queues import Queue
+from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,6 +72,11 @@ def side_by_side_rows_per_s(works: Sequence[Training]) -> float:
     return sum(work.rows * work.epochs for work in works) / min(one_by_one, at_once)
 
 
+def many_rows_per_s(works: Sequence[Training], layout: Layout) -> float:
+    """Training rows/s of many models on the same rows: each process takes a further model when it is done with one."""
+    return sum(work.rows * work.epochs for work in works) / _span(_run_queue(works, layout))
+
+
 def rows_per_s(work: Training) -> float:
     """Training rows/s of one process with all CPUs."""
     return work.rows * work.epochs / _span(_run([work], layouts()[0]))
@@ -79,15 +87,23 @@ def _span(times: Sequence[tuple[float, float]]) -> float:
 
 
 def _run(works: Sequence[Training], layout: Layout, *, independent: bool = False) -> list[tuple[float, float]]:
-    """Start and end of each process's loop; all have their rows in memory and are warm when they start together."""
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(len(works))
-    times: Queue[tuple[float, float]] = context.Queue()
+    """A process for each of ``works``; without ``independent`` they are the ranks of one training."""
     port = 0 if independent or len(works) == 1 else _free_port()
-    processes = [
-        context.Process(target=_work, args=(work, rank, len(works), layout.threads, port, barrier, times), daemon=True)
-        for rank, work in enumerate(works)
-    ]
+    return _timed(_work, [(work, rank, len(works), layout.threads, port) for rank, work in enumerate(works)])
+
+
+def _run_queue(works: Sequence[Training], layout: Layout) -> list[tuple[float, float]]:
+    """As many processes as the layout has, and no more than there are works."""
+    taken = multiprocessing.get_context("spawn").Value("i", 0)
+    return _timed(_work_queue, [(works, layout.threads, taken)] * min(layout.processes, len(works)))
+
+
+def _timed(target: Callable[..., None], shares: Sequence[tuple[Any, ...]]) -> list[tuple[float, float]]:
+    """Start and end of each process's loops; all have their rows in memory and are warm when they start together."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(len(shares))
+    times: Queue[tuple[float, float]] = context.Queue()
+    processes = [context.Process(target=target, args=(*share, barrier, times), daemon=True) for share in shares]
     for process in processes:
         process.start()
     found = [times.get(timeout=TIMEOUT_S) for _ in processes]
@@ -114,15 +130,33 @@ def _work(
     if port:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     loop = _Loop(work, rank if port else 0, world_size)
-    loop.train(loop.rows[: _WARM_UP_BATCHES * work.batch_size])
+    loop.warm_up()
     barrier.wait(TIMEOUT_S)
     began = perf_counter()  # CLOCK_MONOTONIC: the same clock in every process
-    for _ in range(work.epochs):
-        loop.train(loop.rows[torch.randperm(len(loop.rows))])
-        loop.validate()
+    loop.run()
     times.put((began, perf_counter()))
     if port:
         dist.destroy_process_group()
+
+
+def _work_queue(
+    works: Sequence[Training], threads: int, taken: Synchronized[int], barrier: Barrier,
+    times: Queue[tuple[float, float]],
+) -> None:  # fmt: skip
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    _Loop(works[0], 0, 1).warm_up()
+    barrier.wait(TIMEOUT_S)
+    began = perf_counter()
+    while (number := _next(taken)) < len(works):
+        _Loop(works[number], 0, 1).run()
+    times.put((began, perf_counter()))
+
+
+def _next(taken: Synchronized[int]) -> int:
+    with taken.get_lock():
+        taken.value += 1
+        return taken.value - 1
 
 
 class _Loop:
@@ -141,6 +175,14 @@ class _Loop:
             self.teacher = self.teacher.to(memory_format=self.format)  # type: ignore[call-overload]
         self.rows = torch.arange(work.rows)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-3, weight_decay=0.01, fused=not work.plain)
+
+    def warm_up(self) -> None:
+        self.train(self.rows[: _WARM_UP_BATCHES * self.work.batch_size])
+
+    def run(self) -> None:
+        for _ in range(self.work.epochs):
+            self.train(self.rows[torch.randperm(len(self.rows))])
+            self.validate()
 
     def train(self, order: Tensor) -> None:
         step = self.work.batch_size
@@ -191,6 +233,7 @@ class _Loop:
         return alpha * t * t * soft + (1 - alpha) * ce
 
 
+@cache  # loops that follow one another in a process share their rows
 def _tensor(path: Path) -> Tensor:
     values: Tensor = torch.from_numpy(np.load(path))
     return values

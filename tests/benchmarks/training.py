@@ -92,7 +92,7 @@ def _teacher(settings: Settings) -> _TeacherRuns:
     rate = _rate_of_small_teacher(settings, resolved)
     rows = max(_LEAST_ROWS, round(rate * settings.seconds / _EPOCHS))
     project = Project.make(settings.out / "teacher", rows, ARTICLES_TEACHER, teacher=_trained(ARTICLES_TEACHER))
-    work = _training(project, "bare", ARTICLES_TEACHER, _TEACHER_BATCH, resolved, epochs=_EPOCHS)
+    work = work_of(project, "bare", ARTICLES_TEACHER, _TEACHER_BATCH, resolved, epochs=_EPOCHS)
     epochs: list[float] = []
 
     def ours() -> float:
@@ -117,10 +117,10 @@ def _student(settings: Settings) -> _StudentRuns:
     project = Project.make(settings.out / "student", rows, ARTICLES_TEACHER, student=student)
     project.write_teacher(ARTICLES_TEACHER)
     project.command("label")
-    kd = _training(project, "kd", STUDENT, _STUDENT_BATCH, resolved, epochs=_EPOCHS)
+    kd = work_of(project, "kd", STUDENT, _STUDENT_BATCH, resolved, epochs=_EPOCHS)
     control = replace(kd, logits=None)
     few = settings.sized(_ONLINE_ROWS, 512)
-    online = _training(project, "online", STUDENT, _STUDENT_BATCH, resolved, epochs=1, rows=few)
+    online = work_of(project, "online", STUDENT, _STUDENT_BATCH, resolved, epochs=1, rows=few)
     online = replace(online, logits=None, teacher=only(project.artifacts, "teacher-*"), plain=True)
 
     def ours() -> float:
@@ -150,7 +150,7 @@ def _rate_of_small_teacher(settings: Settings, resolved: str) -> float:
     folder = settings.out / "calibration-teacher"
     rows = settings.sized(_CALIBRATION_ROWS, 512)
     project = Project.make(folder, rows, ARTICLES_TEACHER)
-    work = _training(project, "calibration", ARTICLES_TEACHER, _TEACHER_BATCH, resolved, epochs=1)
+    work = work_of(project, "calibration", ARTICLES_TEACHER, _TEACHER_BATCH, resolved, epochs=1)
     rate = bare_training.data_parallel_rows_per_s(work)
     say(f"bare training loop in {resolved}: {rate:,.0f} rows/s")
     return rate
@@ -160,7 +160,7 @@ def _trained(model: dict[str, Any]) -> dict[str, Any]:
     return {"model": model, "train": {"epochs": _EPOCHS, "batch_size": _TEACHER_BATCH}}
 
 
-def _training(
+def work_of(
     project: Project, name: str, model: dict[str, Any], batch_size: int, resolved: str, *, epochs: int,
     rows: int | None = None,
 ) -> Training:  # fmt: skip
