@@ -33,12 +33,12 @@ from distill_ray.config import CeLoss, KdLoss, TrainConfig
 from distill_ray.errors import RunError, UserError
 from distill_ray.losses import Share
 from distill_ray.memory import keep_freed_memory
-from distill_ray.metrics import ValidationMetrics
 from distill_ray.models import Classifier, ModelSpec, finished_weights, save_model
 from distill_ray.optimizing import apply_gradients, averaged, load_state, lr_factor, optimizer_of, set_lr
 from distill_ray.rows import Batch, Rows
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, StoredSplit
+from distill_ray.validation import ValidationMetrics
 
 CHECKPOINTS = "checkpoints"
 _CLOCK_S, _MOST_STEPS_BETWEEN_CLOCKS = 2.0, 64  # workers agree this often on whether a checkpoint is wanted
@@ -426,7 +426,7 @@ def _validate(state: _State, rows: Rows) -> dict[str, float]:
     state.classifier.eval()
     weights, state.classifier.net = state.classifier.net, _validated(state)
     _share_buffers(state.classifier.net, worker)
-    measured = ValidationMetrics(spec.model.classes, worker.device, worker.world_size)
+    measured = ValidationMetrics(worker.device, worker.world_size)
     try:
         for batch in rows.in_order(spec.train.batch_size, worker.rank, worker.world_size):
             if not batch.empty:

@@ -19,7 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from distill_ray import config as configs
-from distill_ray import metrics
+from distill_ray import inference
 from distill_ray.config import Config, InputConfig, MlpModel, ModelConfig, TeacherInput
 from distill_ray.console import Reporter
 from distill_ray.errors import RunError, UserError
@@ -598,7 +598,7 @@ def test_an_onnx_teachers_latency_is_that_of_one_thread(
         seen.extend(session.get_session_options().intra_op_num_threads for session in sessions)
         return 1.0
 
-    monkeypatch.setattr(metrics, "latency_ms", note)
+    monkeypatch.setattr(inference, "latency_ms", note)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

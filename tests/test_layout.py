@@ -17,8 +17,8 @@ ROOT = Path(distill_ray.__file__).parent
 LAYERS = (
     "errors", "config", "storage", "artifacts", "usercode", "sources", "models", "losses", "precision", "inference",
     "memory", "profiling", "evidence", "console", "store", "logit_files", "metrics", "replay", "order", "rows",
-    "checkpoints", "optimizing", "footprint", "training", "tracking", "placing", "runtime", "stages", "starting",
-    "interrupts", "cli",
+    "checkpoints", "optimizing", "footprint", "validation", "training", "tracking", "placing", "runtime", "stages",
+    "starting", "interrupts", "cli",
 )  # fmt: skip
 RAY_MODULES = ("runtime", "stages")
 

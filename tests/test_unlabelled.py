@@ -20,13 +20,13 @@ from distill_ray import artifacts, losses
 from distill_ray import config as configs
 from distill_ray.config import CeLoss, InputConfig, KdLoss, MlpModel, TrainConfig
 from distill_ray.errors import UserError
-from distill_ray.metrics import ValidationMetrics
 from distill_ray.models import ModelSpec
 from distill_ray.placing import Node
 from distill_ray.stages import given, opening, prepare, student
 from distill_ray.stages import teacher as teacher_stage
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, Store
+from distill_ray.validation import ValidationMetrics
 from distill_ray.training import FitSpec, Worker, fit
 from tests.harness import distill_ray, distill_ray_in, only, write_config
 from tests.own_code import write_package
@@ -102,7 +102,7 @@ def test_labelled_validation_rows_are_what_counts_where_there_are_some(tmp_path:
 def test_validation_metrics_without_labels_are_those_of_the_whole_split() -> None:
     torch.manual_seed(0)
     model, teacher = torch.randn(2, 30, CLASSES)
-    measured = ValidationMetrics(CLASSES, torch.device("cpu"), 1)
+    measured = ValidationMetrics(torch.device("cpu"), 1)
     for part in (slice(0, 7), slice(7, 30)):
         measured.update(model[part], torch.full((len(model[part]),), -1), teacher[part].half())
     found = measured.compute()

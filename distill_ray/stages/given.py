@@ -441,7 +441,7 @@ def measure(config: Config, spec: Any, folder: Folder, data: Store, device: Any,
     """The content of summary.json; ``text`` is that of model.json, whose checksum is that of the teacher."""
     import torch
 
-    from distill_ray import metrics
+    from distill_ray import inference, metrics
     from distill_ray.models import GivenNet, load_model
     from distill_ray.models.classifier import count_parameters
     from distill_ray.models.formats import ExportedNet
@@ -454,7 +454,7 @@ def measure(config: Config, spec: Any, folder: Folder, data: Store, device: Any,
     unknown = any(member.format == "onnx" for member in spec.members)
     with _one_thread():  # a session of onnxruntime has for good as many as torch had when it was loaded
         alone = load_model(folder, expected_sha256=sha256, allow_import=True).to(device) if unknown else model
-        latency = metrics.latency_ms(alone, one_row, device)
+        latency = inference.latency_ms(alone, one_row, device)
     held = {member.file: {"bytes": member.bytes, "sha256": member.sha256} for member in spec.members}
     held[SPEC_FILE] = {"bytes": len(text), "sha256": sha256}
     assert isinstance(model, GivenNet)

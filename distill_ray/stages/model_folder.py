@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from distill_ray import losses, metrics, precision, profiling
+from distill_ray import inference, losses, precision, profiling
 from distill_ray.artifacts import SUMMARY_FILE, WEIGHTS_FILE
 from distill_ray.config import CeLoss, ImportedModel, KdLoss, PrecisionName, StudentConfig, TeacherConfig, TrainConfig
 from distill_ray.errors import UserError
@@ -16,12 +16,23 @@ from distill_ray.models.classifier import check_output, count_parameters, is_our
 from distill_ray.order import least_rows
 from distill_ray.placing import Placement
 from distill_ray.stages.context import recorded
-from distill_ray.stages.model_spec import model_spec as model_spec
 from distill_ray.storage import Folder
 from distill_ray.store import DataManifest, SplitArrays, Store, StoredSplit, read_shards, read_split
 from distill_ray.training import FitResult, FitSpec
 
 _EVALUATION_BATCH = 512
+
+
+def model_spec(data: DataManifest, model: Any) -> ModelSpec:
+    """``model`` for the inputs and classes of this data store."""
+    return ModelSpec(
+        model=model,
+        input=data.input,
+        shape=data.shape,
+        dtype=data.dtype,
+        classes=data.classes,
+        class_names=data.class_names,
+    )
 
 
 def student_spec(
@@ -164,10 +175,12 @@ def finish(
     names_code = isinstance(spec.model, ImportedModel)  # the command asked for permission
     precision.exact_fp32()
     with profiling.phase("evaluation"):
+        from distill_ray import metrics
+
         model = load_model(folder, expected_sha256=result.weights_sha256, allow_import=names_code).to(device)
         quality = metrics.evaluate(model, read_shards(data, "test", labels), _EVALUATION_BATCH, "fp32", device)
         one_row = torch.from_numpy(next(read_shards(data, "test")).inputs[:1].copy())
-        latency = metrics.latency_ms(model, one_row, device)
+        latency = inference.latency_ms(model, one_row, device)
     best = result.history[result.best_epoch - 1]
     summary = {
         **quality,

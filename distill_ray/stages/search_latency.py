@@ -46,7 +46,7 @@ def _measure(config: Mapping[str, Any], data: Stage, jobs: Sequence[tuple[Stage,
     """Runs in a Ray task, alone."""
     import torch
 
-    from distill_ray import metrics, precision
+    from distill_ray import inference, precision
     from distill_ray.models import load_model
     from distill_ray.store import read_shards
 
@@ -55,6 +55,6 @@ def _measure(config: Mapping[str, Any], data: Stage, jobs: Sequence[tuple[Stage,
     store = opening.data_store(from_dict(dict(config)), data)
     one_row = torch.from_numpy(next(read_shards(store, "validation")).inputs[:1].copy())
     return [
-        metrics.latency_ms(load_model(stage.folder, allow_import=names_code).to(device), one_row, device)
+        inference.latency_ms(load_model(stage.folder, allow_import=names_code).to(device), one_row, device)
         for stage, names_code in jobs
     ]

@@ -250,10 +250,10 @@ def _value(raw: Any, key: str) -> Any:
 def _sizes(data: Stage, sampled: StudentConfig) -> dict[str, int]:
     """Parameters and bytes of the weights. From shapes alone: a candidate far above the limit costs no memory."""
     from distill_ray.models.classifier import count_parameters
-    from distill_ray.stages.model_spec import model_spec
+    from distill_ray.stages import model_folder
     from distill_ray.store import open_store
 
-    spec = model_spec(open_store(data.folder).data_manifest, sampled.model)
+    spec = model_folder.model_spec(open_store(data.folder).data_manifest, sampled.model)
     built = spec.build_on_meta(key="model")
     held = sum(tensor.numel() * tensor.element_size() for tensor in built.net.state_dict().values())
     return {"parameters": count_parameters(built), "bytes": held}
