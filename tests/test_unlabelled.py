@@ -26,8 +26,8 @@ from distill_ray.stages import given, opening, prepare, student
 from distill_ray.stages import teacher as teacher_stage
 from distill_ray.storage import Folder
 from distill_ray.store import SplitArrays, Store
-from distill_ray.validation import ValidationMetrics
 from distill_ray.training import FitSpec, Worker, fit
+from distill_ray.validation import ValidationMetrics
 from tests.harness import distill_ray, distill_ray_in, only, write_config
 from tests.own_code import write_package
 from tests.report_fixtures import context_of
