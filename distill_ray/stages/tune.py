@@ -155,10 +155,14 @@ def _search(context: Context, tune: TuneConfig, inputs: Inputs) -> tuple[list[Tr
     """
     from ray import tune as ray_tune
 
-    placement = _placement(context, tune)
-    job = search_trial.job_of(inputs, placement)
-    resources = {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.gpus else {})}
-    trainable = ray_tune.with_resources(ray_tune.with_parameters(search_trial.train_trial, job=job), resources)
+    placement, at_once = _placement(context, tune)
+    job = search_trial.job_of(inputs, placement, search_trial.share_rows(inputs, placement.share_bytes))
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(search_trial.train_trial, job=job), search_trial.resources(placement)
+    )
+    tune_config = _tune_config(tune, inputs.config, at_once)
+    if placement.workers > 1 and tune_config.scheduler is not None:
+        search_trial.ask_instead_of_stopping(tune_config.scheduler, inputs)
     with (
         tempfile.TemporaryDirectory(prefix="distill-ray-tune-") as scratch,
         context.reporter.progress("tune", tune.planned_trials) as bar,
@@ -166,7 +170,7 @@ def _search(context: Context, tune: TuneConfig, inputs: Inputs) -> tuple[list[Tr
     ):
         watcher = search_watch.callback_of(watch := Watch(context, inputs, bar))
         tuner = ray_tune.Tuner(
-            trainable, param_space=_param_space(tune), tune_config=_tune_config(tune, inputs.config, placement),
+            trainable, param_space=_param_space(tune), tune_config=tune_config,
             run_config=ray_tune.RunConfig(
                 name="search", storage_path=scratch, verbose=0, callbacks=[watcher],
                 failure_config=ray_tune.FailureConfig(max_failures=_MAX_RETRIES),
@@ -179,10 +183,13 @@ def _search(context: Context, tune: TuneConfig, inputs: Inputs) -> tuple[list[Tr
     return watch.rows(watcher.trial_ids)
 
 
-def _placement(context: Context, tune: TuneConfig) -> Placement:
-    """One CPU a trial, or the configured part of a GPU; as many at a time as the cluster holds."""
-    nodes = context.session.start()
-    return placing.independent(context.config.cluster, nodes, tune.planned_trials)
+def _placement(context: Context, tune: TuneConfig) -> tuple[Placement, int]:
+    """Of one trial: one CPU or the configured part of a GPU, or a group; and how many at a time the cluster holds."""
+    nodes, cluster = context.session.start(), context.config.cluster
+    if cluster.student_workers > 1:
+        return placing.groups(cluster, nodes, tune.planned_trials)
+    all_of_them = placing.independent(cluster, nodes, tune.planned_trials)
+    return replace(all_of_them, workers=1), all_of_them.workers
 
 
 def _param_space(tune: TuneConfig) -> dict[str, Any]:
@@ -204,7 +211,7 @@ def _param_space(tune: TuneConfig) -> dict[str, Any]:
     return domains
 
 
-def _tune_config(tune: TuneConfig, config: Config, placement: Placement) -> Any:
+def _tune_config(tune: TuneConfig, config: Config, at_once: int) -> Any:
     from ray import tune as ray_tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
@@ -213,10 +220,10 @@ def _tune_config(tune: TuneConfig, config: Config, placement: Placement) -> Any:
         from ray.tune.search.optuna import OptunaSearch
 
         sampler: Any = ConcurrencyLimiter(
-            OptunaSearch(metric=METRIC, mode="max", seed=tune.seed), max_concurrent=placement.workers
+            OptunaSearch(metric=METRIC, mode="max", seed=tune.seed), max_concurrent=at_once
         )
     else:
-        sampler = BasicVariantGenerator(random_state=tune.seed, max_concurrent=placement.workers)
+        sampler = BasicVariantGenerator(random_state=tune.seed, max_concurrent=at_once)
     scheduler = None
     if tune.scheduler == "asha":
         epochs = _most_epochs(tune, config)
