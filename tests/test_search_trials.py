@@ -26,22 +26,24 @@ from distill_ray.storage import Folder
 from tests.harness import RUN_TIMEOUT_S, Finished, act_when, distill_ray, environment, only, write_config
 from tests.test_cluster import TOKEN, started_head
 
-# Two of the three learn nothing, so that at least one is stopped; the epochs are long enough for a stop to come in one.
+# Two of the three learn nothing, so that at least one is stopped after 3 epochs. Some more may pass until it ends.
 SEARCH: dict[str, Any] = {
     "name": "groups",
     "data": {"source": "glyph62", "rows": 620, "shard_rows": 155},
     "teacher": {"model": {"name": "mlp", "hidden": [32]}, "train": {"epochs": 1, "batch_size": 64}},
     "labels": {"precision": "fp32"},
     "student": {
-        "model": {"name": "mlp", "hidden": [16]},
-        "train": {"epochs": 24, "batch_size": 8, "precision": "fp32"},
+        "model": {"name": "char_cnn", "channels": [4, 8], "hidden": [32]},
+        "loss": {"name": "ce"},
+        "train": {"epochs": 12, "batch_size": 8, "precision": "fp32"},
     },
     "tune": {
-        "space": {"train.lr": {"grid": [0.002, 1e-9, 1e-8]}}, "search": "grid", "scheduler": "asha", "seeds": 1,
+        "space": {"train.lr": {"grid": [0.005, 1e-9, 1e-8]}}, "search": "grid", "scheduler": "asha", "seeds": 1,
     },
     "cluster": {"workers": 1, "student_workers": 2, "cpus_per_worker": 1},
     "tracking": {"wandb": {"mode": "disabled"}},
 }  # fmt: skip
+OF_RAY_DATA = {"_AutoscalingCoordinatorActor", "ActorLocationTracker", "_StatsActor"}  # they stay with the cluster
 ALIVE = """
 import collections, json, sys
 import ray
@@ -106,12 +108,11 @@ def in_ray(cluster: dict[str, str], script: str, *arguments: str | Path) -> Any:
 
 def test_every_trial_is_a_group_and_has_its_row(search: Search) -> None:
     rows = search.trials
-    assert sorted(rows) == [1e-9, 1e-8, 0.002]
-    assert rows[0.002]["status"] == "completed"
-    assert rows[0.002]["epochs"] == 24
+    assert sorted(rows) == [1e-9, 1e-8, 0.005]
+    assert (rows[0.005]["status"], rows[0.005]["epochs"]) == ("completed", 12)
     stopped = [row for row in rows.values() if row["status"] == "stopped"]
     assert stopped, rows
-    assert all(6 <= row["epochs"] < 24 for row in stopped)
+    assert all(3 <= row["epochs"] < 12 for row in stopped)
     for row in rows.values():
         resolved = yaml.safe_load((Path(row["folder"]) / "config.yaml").read_text())["resolved"]
         assert (resolved["workers"], resolved["threads"], resolved["shuffle"]) == (2, 1, "whole")
@@ -119,18 +120,20 @@ def test_every_trial_is_a_group_and_has_its_row(search: Search) -> None:
 
 
 def test_groups_leave_nothing_behind(search: Search) -> None:
-    """The driver is still there, and trains the control of the only finalist."""
+    """While the driver is still there at most the finalist's own group, afterwards nothing."""
     actors = search.meanwhile["actors"]
+    assert "ImplicitFunc" not in actors, "a trial's actor"
     assert all(actors.get(name, 0) <= 1 for name in ("TrainController", "PlacementGroupCleaner")), actors
     assert actors.get("RayTrainWorker", 0) <= 2, actors
-    assert "train_trial" not in actors
     assert search.meanwhile["groups"] <= 1
-    assert alive(search.cluster) == {"actors": {}, "groups": 0}
+    left = alive(search.cluster)
+    assert set(left["actors"]) <= OF_RAY_DATA
+    assert left["groups"] == 0
 
 
 def test_a_trial_is_the_student_of_the_same_values(search: Search, tmp_path: Path) -> None:
     """The very folder; and trained anew, from rows that it reads itself, the very same weights."""
-    override, best = "student.train.lr=0.002", Path(search.trials[0.002]["folder"])
+    override, best = "student.train.lr=0.005", Path(search.trials[0.005]["folder"])
     again = distill_ray("student", search.config, override, "--out", search.out, "--json", **search.cluster)
     assert again.code == 0, again.stderr
     students = {s["role"]: s for s in again.answer["stages"] if s["name"] == "student"}

@@ -58,13 +58,9 @@ def train(
     """
     attempt = secrets.token_hex(8)
     job = {
-        "work": work,
-        "arguments": arguments,
-        "target": target,
-        "attempt": attempt,
-        "threads": placement.cpus,
+        "work": work, "arguments": arguments, "target": target, "attempt": attempt, "threads": placement.cpus,
         "name": name,
-    }
+    }  # fmt: skip
     _run(stage, job, placement, poll, tell)
     profile: dict[str, Any] | None = None
     with suppress(FileNotFoundError):

@@ -83,4 +83,4 @@ def free_bytes(nodes: Sequence[Mapping[str, Any]], available: Mapping[str, float
     """Of the smallest object store, were all that is used of any used there: Ray tells only of all together."""
     stores = [node["Resources"].get("object_store_memory", 0.0) for node in nodes if node["Alive"]]
     used = sum(stores) - available.get("object_store_memory", 0.0)
-    return max(0.0, min(stores, default=0.0) - used)
+    return float(max(0.0, min(stores, default=0.0) - used))

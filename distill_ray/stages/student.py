@@ -184,6 +184,7 @@ def _train_in_groups(
 
 
 def job_of(config: Config, data: Stage, labels: Stage, student: Student, placement: Placement) -> dict[str, Any]:
+    """What each worker that trains ``student`` is sent."""
     return {
         "config": to_dict(config), "data": data, "labels": labels, "seed": student.seed,
         "loss": to_dict(student.loss), "stage": student.stage, "threads": placement.cpus,
