@@ -131,8 +131,10 @@ def _fit(config: Config, target: Stage, inputs: Inputs, placement: Placement, ro
     shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, placement.share_bytes)
     where = {"precision": spec.precision, "shuffle": shuffle, "threads": placement.cpus, "device": device.type}
     write_stage_config(target, to_dict(section) | {"seed": seed}, where)
+    train: SplitArrays | StoredSplit
+    validation: SplitArrays | StoredSplit
     if shuffle == "whole" and rows is not None:
-        train, validation = _mapped(rows)
+        train, validation = rows.open("train"), rows.open("validation")
     else:
         window_rows = spec.train.window_rows if shuffle == "window" else None
         train, validation = _splits(to_yaml(to_dict(inputs.config)), inputs.data, inputs.labels, window_rows)
@@ -155,7 +157,7 @@ def _fit_in_group(config: Config, target: Stage, inputs: Inputs, placement: Plac
     section, name = config.student, str(ray_tune.get_context().get_trial_id())
     one = Student("student", section.loss, section.seeds[0], target)
     job = student.job_of(config, inputs.data, inputs.labels, one, placement) | {"rows": rows}
-    told = _history(target)
+    told, stopped = _history(target), list[SystemExit]()
     try:
         _tell(told)
         if _is_over(told, section) or data_parallel.must_stop(target.folder, name):
@@ -163,19 +165,22 @@ def _fit_in_group(config: Config, target: Stage, inputs: Inputs, placement: Plac
 
         def poll() -> None:
             history = _history(target)
-            if len(history) > len(told) and not _is_over(history, section):  # the last when the model is written
+            if stopped or len(history) <= len(told) or _is_over(history, section):
+                return  # the last is told when the model is written
+            try:
                 _tell(history, len(told))
-                told[:] = history
+            except SystemExit as stop:  # of the whole search: the group must not outlive it
+                stopped.append(stop)
+                data_parallel.ask_to_stop(target.folder, name)
+            told[:] = history
 
         note = progress.note_for_driver(target.folder)
         data_parallel.train("student", target, student.train_in_group, job, placement, poll, note, name)
+        if stopped:
+            raise stopped[0]
         _tell(_history(target), len(told))
     finally:
         data_parallel.forget_stop(target.folder, name)
-
-
-def _mapped(rows: SharedRows) -> tuple[SplitArrays | StoredSplit, SplitArrays | StoredSplit]:
-    return rows.open("train"), rows.open("validation")
 
 
 @lru_cache(maxsize=1)
