@@ -20,7 +20,7 @@ from distill_ray import placing
 from distill_ray.artifacts import Stage
 from distill_ray.config import ClusterConfig, from_dict
 from distill_ray.errors import UserError
-from distill_ray.placing import Node
+from distill_ray.placing import Node, Placement
 from distill_ray.stages import data_parallel, search_space, search_trial, shared_rows
 from distill_ray.storage import Folder
 from tests.harness import RUN_TIMEOUT_S, Finished, act_when, distill_ray, environment, only, write_config
@@ -233,6 +233,13 @@ def test_as_many_groups_as_have_all_of_their_workers(
     placement, at_once = placing.groups(section, nodes, most)
     assert (placement.cpus, at_once) == expected
     assert placement.workers == 2
+
+
+def test_only_a_trial_that_trains_itself_takes_a_cpu() -> None:
+    """What follows a group must not take what the group needs."""
+    assert search_trial.resources(Placement(1, 1, 0.5)) == {"cpu": 1, "gpu": 0.5}
+    following = search_trial.resources(Placement(2, 3, 1.0))
+    assert (following["cpu"], set(following)) == (0, {"cpu", "memory"})
 
 
 def test_a_group_without_room_is_refused() -> None:
