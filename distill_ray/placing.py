@@ -118,6 +118,21 @@ def student(cluster: ClusterConfig, nodes: Sequence[Node], students: int) -> Pla
     return _required(nodes, Placement(1, cpus, gpus))
 
 
+def groups(cluster: ClusterConfig, nodes: Sequence[Node], most: int) -> tuple[Placement, int]:
+    """The workers of each student of a search, and how many students, ``most`` at most, have room at once: all of
+    theirs, since groups that have a part each would wait for each other without end. They share the CPUs.
+
+    Raises:
+        UserError: there is no room for one.
+    """
+    one = _group(cluster, nodes, cluster.student_workers, "cluster.student_workers")
+    fixed = cluster.cpus_per_worker if cluster.cpus_per_worker != "auto" else None
+    at_once = max(1, min(most, room_for(nodes, replace(one, cpus=fixed or 1)) // one.workers))
+    together = at_once * one.workers
+    cpus = fixed or _most_cpus(nodes, together, one.gpus)
+    return replace(_required(nodes, replace(one, workers=together, cpus=cpus)), workers=one.workers), at_once
+
+
 def _gpus_per_worker(cluster: ClusterConfig, nodes: Sequence[Node]) -> float:
     if cluster.gpus_per_worker != "auto":
         return cluster.gpus_per_worker

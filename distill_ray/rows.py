@@ -5,10 +5,13 @@ Shapes: B rows of this worker's part of a global batch, C classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -95,11 +98,18 @@ class _Tensors:
 
     @classmethod
     def of(cls, arrays: SplitArrays) -> _Tensors:
-        logits = None if arrays.logits is None else torch.from_numpy(arrays.logits)
-        return cls(torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.labels), logits)
+        logits = None if arrays.logits is None else _tensor(arrays.logits)
+        return cls(_tensor(arrays.inputs), _tensor(arrays.labels), logits)
 
     def pick(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.inputs[index], self.labels[index], None if self.logits is None else self.logits[index]
+
+
+def _tensor(array: npt.NDArray[Any]) -> Tensor:
+    """The array's own memory. Where other processes map it too it is read-only; batches are copies of its rows."""
+    if not array.flags.writeable:
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+    return torch.from_numpy(array)
 
 
 class _Loaded:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,15 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """Raylets of one CPU each, as processes of this machine; the first is the head."""
+    """Raylets of one CPU each, or as many as ``cpus``, as processes of this machine; the first is the head."""
 
     address: str
+    cpus: int = 1
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start_node(self, *role: str) -> None:
         """A further node, or the one that ``role`` says."""
-        common = ["--num-cpus=1", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
+        common = [f"--num-cpus={self.cpus}", "--object-store-memory=200000000", "--disable-usage-stats", "--block"]
         self.nodes.append(
             subprocess.Popen(
                 [RAY, "start", *(role or [f"--address={self.address}"]), *common],
@@ -114,7 +115,13 @@ class Cluster:
 @pytest.fixture
 def head() -> Iterator[Cluster]:
     """A head alone."""
-    cluster = Cluster(f"127.0.0.1:{free_port()}")
+    with started_head() as cluster:
+        yield cluster
+
+
+@contextmanager
+def started_head(cpus: int = 1) -> Iterator[Cluster]:
+    cluster = Cluster(f"127.0.0.1:{free_port()}", cpus)
     # Of its own and short (sockets lie in it): `ray start` writes the cluster's address there for others to find.
     scratch = tempfile.mkdtemp(prefix="ray-")
     port = cluster.address.split(":")[1]

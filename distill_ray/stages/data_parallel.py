@@ -22,16 +22,17 @@ from distill_ray.storage import Folder
 from distill_ray.store import Store
 
 if TYPE_CHECKING:
+    from distill_ray.stages.shared_rows import SharedRows
     from distill_ray.training import FitResult, FitSpec, Worker
 
-_FAILURE_FILE, _PROFILE_FILE = "failure.json", "profile.json"
+_FAILURE_FILE, _PROFILE_FILE, _STOP_FILE = "failure.json", "profile.json", "stop.json"
 _POLL_S, _LOOK_AT_NODES_S = 0.3, 5.0
 _COLLECTIVE_TIMEOUT_S = 600  # for a rank that hangs; one that dies is noticed at once
 _MAX_START_FAILURES = 10  # a group gets a minute to start; Ray's own default is to try for ever
 _MAX_RESTARTS = 3  # of the worker group, after a lost worker or node; each continues from the last epoch
 _SHORT_TOLD_S, _SHORT_ENDS_S = 60.0, 600.0
 
-Work = Callable[[Any, "Worker", Callable[[], bool]], None]
+Work = Callable[[Any, "Worker", "Orders"], None]
 
 
 def train(
@@ -42,10 +43,12 @@ def train(
     placement: Placement,
     poll: Callable[[], None],
     tell: Callable[[str], None],
+    name: str | None = None,
 ) -> dict[str, Any] | None:
-    """Run ``work(arguments, worker, must_save)`` in each worker of a group, again after a lost worker or node.
+    """Run ``work(arguments, worker, orders)`` in each worker of a group, again after a lost worker or node.
 
     ``stage`` is for messages. ``poll`` is called by this thread while the group works, ``tell`` with news of it.
+    A group with a ``name`` ends early, and in peace, after ``ask_to_stop`` of that name.
 
     Returns:
         Where the time of rank 0 went; None where the last group found nothing to do.
@@ -54,7 +57,10 @@ def train(
         UserError, RunError: what a worker raised, or that the cluster has lost the room for the group.
     """
     attempt = secrets.token_hex(8)
-    job = {"work": work, "arguments": arguments, "target": target, "attempt": attempt, "threads": placement.cpus}
+    job = {
+        "work": work, "arguments": arguments, "target": target, "attempt": attempt, "threads": placement.cpus,
+        "name": name,
+    }  # fmt: skip
     _run(stage, job, placement, poll, tell)
     profile: dict[str, Any] | None = None
     with suppress(FileNotFoundError):
@@ -179,13 +185,15 @@ def _train_worker(job: dict[str, Any]) -> None:
     peers wait for it in a collective, and the group that Ray starts anew finds the note and ends at once.
     """
     folder = job["target"].folder
-    if _failure_of("", folder, job["attempt"]) is not None:
+    if _failure_of("", folder, job["attempt"]) is not None or must_stop(folder, job["name"]):
         return
     try:
         with profiling.measured() as profile:
             rank = _work(job)
         if rank == 0:
             folder.write_json(_PROFILE_FILE, profile.to_json())
+    except _StoppedError:
+        return  # as all of its peers, at the same step
     except DistillRayError as error:
         _note_failure(job, error)
         import ray.train
@@ -204,7 +212,7 @@ def _work(job: dict[str, Any]) -> int:
     place = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(place.get_world_rank(), place.get_world_size(), job["threads"], device)
-    job["work"](job["arguments"], worker, _notice_of_preemption())
+    job["work"](job["arguments"], worker, Orders(worker, job["target"].folder, job["name"], _notice_of_preemption()))
     return worker.rank
 
 
@@ -222,6 +230,63 @@ def _failure_of(stage: str, folder: Folder, attempt: str) -> DistillRayError | N
         return None
     kind = UserError if note["exit_code"] == UserError.exit_code else RunError
     return kind(f"{stage}: {note['message']}")
+
+
+def ask_to_stop(folder: Folder, name: str) -> None:
+    """Let the group of this ``name`` that trains ``folder`` end soon; its finished epochs are kept.
+
+    A note, which its workers look for: whoever ends them from outside, controller and all, leaves behind what Ray Train
+    cleans up in the end of a run.
+    """
+    folder.write_json(_STOP_FILE, {"name": name})
+
+
+def must_stop(folder: Folder, name: str | None) -> bool:
+    """Whether that group was asked to."""
+    if name is None:
+        return False
+    try:
+        return bool(folder.read_json(_STOP_FILE)["name"] == name)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def forget_stop(folder: Folder, name: str) -> None:
+    """The group of this ``name`` is over."""
+    if must_stop(folder, name):
+        folder.delete(_STOP_FILE)
+
+
+class _StoppedError(Exception):
+    """The group was asked to stop."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the workers of a group are told while they train; each asks at the same steps, and gets the same answer."""
+
+    worker: Worker
+    folder: Folder
+    name: str | None
+    preempted: Callable[[], bool]
+
+    def must_save(self) -> bool:
+        """As ``training.fit`` wants it."""
+        self.end_if_asked()
+        return self.preempted()
+
+    def end_if_asked(self) -> None:
+        """Leave the training, on every worker, where the group was asked to stop."""
+        import torch
+        import torch.distributed as dist
+
+        if self.name is None:
+            return
+        asked = torch.tensor(self.worker.rank == 0 and must_stop(self.folder, self.name), device=self.worker.device)
+        if self.worker.world_size > 1:
+            dist.broadcast(asked, src=0)
+        if asked:
+            raise _StoppedError
 
 
 def _notice_of_preemption() -> Callable[[], bool]:
@@ -277,9 +342,13 @@ def fit(
     labels: Store | None,
     shuffle: str,
     worker: Worker,
-    must_save: Callable[[], bool],
+    orders: Orders,
+    shared: SharedRows | None = None,
 ) -> FitResult | None:
-    """``training.fit`` of one worker of a group, after rank 0 has written the folder's ``config.yaml``."""
+    """``training.fit`` of one worker of a group, after rank 0 has written the folder's ``config.yaml``.
+
+    ``shared`` holds the rows already, for those that want all of them at once.
+    """
     import ray.train
 
     from distill_ray import training
@@ -292,14 +361,20 @@ def fit(
         }  # fmt: skip
         write_stage_config(target, section, where)
     last: dict[str, float] = {}
+
+    def on_epoch(row: dict[str, float]) -> None:
+        last.update(row)
+        if row["epoch"] < spec.train.epochs:  # after the last the model is written
+            orders.end_if_asked()
+
     result = training.fit(
         spec,
-        model_folder.open_split(data, "train", labels, spec.train, shuffle),
-        model_folder.open_split(data, "validation", labels, spec.train, shuffle),
+        model_folder.open_split(data, "train", labels, spec.train, shuffle, shared),
+        model_folder.open_split(data, "validation", labels, spec.train, shuffle, shared),
         target.folder,
         worker,
-        last.update,
-        must_save,
+        on_epoch,
+        orders.must_save,
         progress.note_for_driver(target.folder),
     )
     ray.train.report(last)  # once: each report waits for the controller's next look at the workers

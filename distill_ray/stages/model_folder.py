@@ -16,6 +16,7 @@ from distill_ray.models.classifier import check_output, count_parameters, is_our
 from distill_ray.order import least_rows
 from distill_ray.placing import Placement
 from distill_ray.stages.context import recorded
+from distill_ray.stages.shared_rows import SharedRows
 from distill_ray.storage import Folder
 from distill_ray.store import DataManifest, SplitArrays, Store, StoredSplit, read_shards, read_split
 from distill_ray.training import FitResult, FitSpec
@@ -133,13 +134,13 @@ def _fails_on_one_row(network: torch.nn.Module, spec: ModelSpec) -> str | None:
 
 
 def open_split(
-    data: Store, split: str, labels: Store | None, train: TrainConfig, shuffle: str
+    data: Store, split: str, labels: Store | None, train: TrainConfig, shuffle: str, shared: SharedRows | None = None
 ) -> SplitArrays | StoredSplit:
-    """The rows of a split: in memory, or in their shards where ``shuffle`` is ``window``."""
+    """The rows of a split: in memory, which may be ``shared``, or in their shards where ``shuffle`` is ``window``."""
     with profiling.phase("reading"):
         if shuffle == "window":
             return StoredSplit(data, split, labels, train.window_rows)
-        return read_split(data, split, labels)
+        return read_split(data, split, labels) if shared is None else shared.open(split)
 
 
 def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Store | None, share_bytes: float) -> str:
@@ -151,9 +152,14 @@ def resolve_shuffle(folder: Folder, train: TrainConfig, data: Store, labels: Sto
         return str(before)
     if train.shuffle != "auto":
         return train.shuffle
+    return "whole" if fits_in_memory(data, labels, share_bytes) else "window"
+
+
+def fits_in_memory(data: Store, labels: Store | None, share_bytes: float) -> bool:
+    """Whether all rows that a student learns from fit in half of ``share_bytes``."""
     stores = [data] if labels is None else [data, labels]
     size = sum(shard.bytes for store in stores for shard in store.manifest.shards if shard.split != "test")
-    return "whole" if size <= share_bytes / 2 else "window"
+    return size <= share_bytes / 2
 
 
 def finish(

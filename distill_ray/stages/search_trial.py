@@ -1,4 +1,8 @@
-"""One trial of a search, in its Ray Tune actor: the sampled student trains in its folder and reports every epoch."""
+"""One trial of a search, in its Ray Tune actor: the sampled student trains in its folder and reports every epoch.
+
+A student of one worker trains in the actor itself. One of several trains in a group of Ray Train's workers, which the
+actor follows: it needs no CPU then, and a group has no part of itself reserved before all of it has room.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +15,78 @@ import yaml
 
 from distill_ray import artifacts, runtime
 from distill_ray.artifacts import Stage
-from distill_ray.config import Config, StudentConfig, from_dict, to_dict, to_yaml
+from distill_ray.config import Config, StudentConfig, TuneConfig, from_dict, to_dict, to_yaml
 from distill_ray.errors import DistillRayError
 from distill_ray.placing import Placement
-from distill_ray.stages import opening, progress, search_space
+from distill_ray.stages import data_parallel, opening, progress, search_space, shared_rows, student
 from distill_ray.stages.context import write_stage_config
-from distill_ray.stages.search_space import METRIC, Inputs
+from distill_ray.stages.search_space import METRIC, Inputs, Trial
+from distill_ray.stages.shared_rows import SharedRows
+from distill_ray.stages.student import Student
 from distill_ray.store import SplitArrays, StoredSplit, read_split
 
 _STOP_TIMEOUT_S = "60"
+_MEMORY_BYTES = 2**20  # of an actor that only follows: Tune takes no empty request, and every node has memory
 
 
-def job_of(inputs: Inputs, placement: Placement) -> dict[str, Any]:
-    """What every trial is sent: the config and where the two stores are. No teacher."""
+def job_of(inputs: Inputs, placement: Placement, rows: SharedRows | None = None) -> dict[str, Any]:
+    """What every trial is sent: the config, where the two stores are, and the rows themselves. No teacher."""
     return {
-        "config": to_dict(inputs.config), "out": inputs.out, "threads": placement.cpus, "share_bytes":
-        placement.share_bytes, "data": inputs.data, "labels": inputs.labels,
+        "config": to_dict(inputs.config), "out": inputs.out, "placement": placement, "data": inputs.data,
+        "labels": inputs.labels, "rows": rows,
     }  # fmt: skip
+
+
+def resources(placement: Placement) -> dict[str, float]:
+    """What Tune reserves for a trial's actor; a group of workers reserves its own."""
+    if placement.workers > 1:
+        return {"cpu": 0, "memory": _MEMORY_BYTES}
+    return {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.gpus else {})}
+
+
+def share_rows(inputs: Inputs, share_bytes: float) -> SharedRows | None:
+    """Begin to read the rows for all trials, where any of them may hold all rows at once."""
+    from distill_ray.stages import model_folder
+
+    assert inputs.config.tune is not None
+    data = opening.data_store(inputs.config, inputs.data)
+    labels = opening.label_store(inputs.config, inputs.labels, data)
+    fits = model_folder.fits_in_memory(data, labels, share_bytes)
+    if not _shuffles(inputs.config.student, inputs.config.tune) & ({"whole", "auto"} if fits else {"whole"}):
+        return None
+    return shared_rows.share(inputs.config, inputs.data, inputs.labels)
+
+
+def _shuffles(base: StudentConfig, tune: TuneConfig) -> set[str]:
+    entry = tune.space.get("train.shuffle")
+    return {base.train.shuffle} if entry is None else {str(option) for option in entry.options}
+
+
+def ask_instead_of_stopping(scheduler: Any, inputs: Inputs) -> None:
+    """For groups: have ``scheduler`` not stop a trial but ask it to end, which it then does by itself.
+
+    Tune ends a trial by ending its actor within seconds, its thread wherever that stands. Ray Train would be cut off
+    in the middle of its own end, and the next trial would start while the workers still hold their CPUs.
+    """
+    from ray.tune.schedulers import TrialScheduler
+
+    decide = scheduler.on_trial_result
+
+    def on_trial_result(controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision = str(decide(controller, trial, result))
+        if decision != TrialScheduler.STOP:
+            return decision
+        place = _planned(inputs, trial.config).stage
+        if place is not None:
+            data_parallel.ask_to_stop(place.folder, trial.trial_id)
+        return str(TrialScheduler.CONTINUE)
+
+    scheduler.on_trial_result = on_trial_result
+
+
+def _planned(inputs: Inputs, sample: Mapping[str, Any]) -> Trial:
+    assert inputs.config.tune is not None
+    return search_space.plan(inputs, search_space.values_of(inputs.config.tune, sample))
 
 
 class _TakenError(Exception):
@@ -39,16 +98,15 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     # A stopped trial's thread may take longer to end than Tune's 2 s; then Tune would fail the next, innocent trial
     # of this actor. Set here, since only this process reads it.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = _STOP_TIMEOUT_S
-    config = from_dict(job["config"])
-    assert config.tune is not None
-    inputs = Inputs(config, job["out"], job["data"], job["labels"])
-    trial = search_space.plan(inputs, search_space.values_of(config.tune, sample))
+    inputs = Inputs(from_dict(job["config"]), job["out"], job["data"], job["labels"])
+    trial = _planned(inputs, sample)
     if trial.status != "ready" or trial.config is None or trial.stage is None:
         _report(0, 0.0, reason=trial.reason)  # epoch 0 is below ASHA's first rung: it cuts nobody
         return
     try:
         with artifacts.exclusive(trial.stage, _do_not_wait):
-            _fit(trial.config, trial.stage, inputs, job["threads"], job["share_bytes"])
+            fit = _fit if job["placement"].workers == 1 else _fit_in_group
+            fit(trial.config, trial.stage, inputs, job["placement"], job["rows"])
     except _TakenError:
         # Waiting would hold a CPU, for ever where the other is a stopped trial whose actor idles. The row of this
         # trial is read from the shared folder at the end.
@@ -58,10 +116,9 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
         _report(len(_history(trial.stage)), 0.0, reason=_reason(error))
 
 
-def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, share_bytes: float) -> None:
+def _fit(config: Config, target: Stage, inputs: Inputs, placement: Placement, rows: SharedRows | None) -> None:
     history, section = _history(target), config.student
-    for row in history:
-        _report(int(row["epoch"]), _best(history[: int(row["epoch"])]))
+    _tell(history)
     if _is_over(history, section):
         return
     from distill_ray.stages import model_folder  # seconds, of which trials that are trained already have no need
@@ -71,11 +128,16 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, share_byte
     data = opening.data_store(inputs.config, inputs.data)
     spec = model_folder.student_spec(data.data_manifest, section, section.loss, seed, target.folder, device)
     labels = opening.label_store(inputs.config, inputs.labels, data)
-    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, share_bytes)
-    where = {"precision": spec.precision, "shuffle": shuffle, "threads": threads, "device": device.type}
+    shuffle = model_folder.resolve_shuffle(target.folder, spec.train, data, labels, placement.share_bytes)
+    where = {"precision": spec.precision, "shuffle": shuffle, "threads": placement.cpus, "device": device.type}
     write_stage_config(target, to_dict(section) | {"seed": seed}, where)
-    window_rows = spec.train.window_rows if shuffle == "window" else None
-    train, validation = _splits(to_yaml(to_dict(inputs.config)), inputs.data, inputs.labels, window_rows)
+    train: SplitArrays | StoredSplit
+    validation: SplitArrays | StoredSplit
+    if shuffle == "whole" and rows is not None:
+        train, validation = rows.open("train"), rows.open("validation")
+    else:
+        window_rows = spec.train.window_rows if shuffle == "window" else None
+        train, validation = _splits(to_yaml(to_dict(inputs.config)), inputs.data, inputs.labels, window_rows)
 
     def on_epoch(row: dict[str, float]) -> None:
         history.append(row)
@@ -83,8 +145,42 @@ def _fit(config: Config, target: Stage, inputs: Inputs, threads: int, share_byte
             _report(int(row["epoch"]), _best(history))
 
     on_note = progress.note_for_driver(target.folder)
-    fit(spec, train, validation, target.folder, Worker(threads=threads, device=device), on_epoch, on_note=on_note)
+    worker = Worker(threads=placement.cpus, device=device)
+    fit(spec, train, validation, target.folder, worker, on_epoch, on_note=on_note)
     _report(section.train.epochs, _best(_history(target)))
+
+
+def _fit_in_group(config: Config, target: Stage, inputs: Inputs, placement: Placement, rows: SharedRows | None) -> None:
+    """The group goes on while Tune decides, so a trial may have done an epoch more than its scheduler saw."""
+    from ray import tune as ray_tune
+
+    section, name = config.student, str(ray_tune.get_context().get_trial_id())
+    one = Student("student", section.loss, section.seeds[0], target)
+    job = student.job_of(config, inputs.data, inputs.labels, one, placement) | {"rows": rows}
+    told, stopped = _history(target), list[SystemExit]()
+    try:
+        _tell(told)
+        if _is_over(told, section) or data_parallel.must_stop(target.folder, name):
+            return
+
+        def poll() -> None:
+            history = _history(target)
+            if stopped or len(history) <= len(told) or _is_over(history, section):
+                return  # the last is told when the model is written
+            try:
+                _tell(history, len(told))
+            except SystemExit as stop:  # of the whole search: the group must not outlive it
+                stopped.append(stop)
+                data_parallel.ask_to_stop(target.folder, name)
+            told[:] = history
+
+        note = progress.note_for_driver(target.folder)
+        data_parallel.train("student", target, student.train_in_group, job, placement, poll, note, name)
+        if stopped:
+            raise stopped[0]
+        _tell(_history(target), len(told))
+    finally:
+        data_parallel.forget_stop(target.folder, name)
 
 
 @lru_cache(maxsize=1)
@@ -106,6 +202,12 @@ def _splits(
 
 def _is_over(history: artifacts.History, section: StudentConfig) -> bool:
     return artifacts.is_over(history, section.train.epochs, section.train.early_stop_epochs)
+
+
+def _tell(history: artifacts.History, told: int = 0) -> None:
+    """Report the epochs after the first ``told``."""
+    for epoch in range(told + 1, len(history) + 1):
+        _report(epoch, _best(history[:epoch]))
 
 
 def _report(epoch: int, accuracy: float, reason: str | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from distill_ray.artifacts import WEIGHTS_FILE, History, is_over, score
 from distill_ray.config import to_dict
-from distill_ray.stages import progress, search_space
+from distill_ray.stages import data_parallel, progress, search_space
 from distill_ray.stages.context import Context, tracking_id
 from distill_ray.stages.search_results import Status, TrialRow, described
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
@@ -80,13 +80,15 @@ class Watch:
     """
 
     def __init__(
-        self, context: Context, inputs: Inputs, bar: Any, budget: Budget, keys: Sequence[str], name: str = "tune"
-    ) -> None:
+        self, context: Context, inputs: Inputs, bar: Any, budget: Budget, keys: Sequence[str], *, name: str = "tune",
+        in_groups: bool = False,
+    ) -> None:  # fmt: skip
         self._context, self._inputs, self._bar, self._budget = context, inputs, bar, budget
-        self._keys, self._name = tuple(keys), name
+        self._keys, self._name, self._in_groups = tuple(keys), name, in_groups
         self._trials: dict[str, _Followed] = {}
         self._open: set[str] = set()  # W&B runs, by folder: two trials may draw the same student
         self._out_of_time = False
+        self._last_of_groups: list[tuple[str, _Followed]] = []  # those that ran when the minutes were over
 
     @property
     def ended(self) -> int:
@@ -94,9 +96,15 @@ class Watch:
         return sum(followed.over for followed in self._trials.values())
 
     def is_out_of_time(self) -> bool:
-        """Whether the minutes are over."""
-        self._out_of_time = self._out_of_time or self._budget.is_over(self.ended)
-        return self._out_of_time
+        """Whether the minutes are over, and no group is left that has to end by itself."""
+        if not self._out_of_time and self._budget.is_over(self.ended):
+            self._out_of_time = True
+            self._last_of_groups = [
+                (trial_id, one) for trial_id, one in self._trials.items() if self._in_groups and not one.over
+            ]
+            for trial_id, followed in self._last_of_groups:
+                _ask_to_stop(followed.plan, trial_id)
+        return self._out_of_time and all(followed.over for _, followed in self._last_of_groups)
 
     def plan(self, sample: Mapping[str, Any]) -> Trial:
         """What a sample of Tune's means; its values are those that tell it apart."""
@@ -111,6 +119,8 @@ class Watch:
             return
         plan = self.plan(sample)
         followed = self._trials[trial_id] = _Followed(len(self._trials), plan)
+        if self._out_of_time and self._in_groups:  # begun in the place of one that has ended: it starts no group
+            _ask_to_stop(plan, trial_id)
         if plan.status == "ready" and plan.stage is not None and plan.stage.folder.name not in self._open:
             followed.follower = self._follow(plan, plan.stage.folder)
         self._show()
@@ -178,6 +188,11 @@ class Watch:
         return [_row(number, trial, failed, why_stopped) for number, trial in enumerate(trials)], dict(
             enumerate(trials)
         )
+
+
+def _ask_to_stop(plan: Trial, trial_id: str) -> None:
+    if plan.stage is not None:
+        data_parallel.ask_to_stop(plan.stage.folder, trial_id)
 
 
 def _row(number: int, trial: Trial, failed: Mapping[str, str | None], why_stopped: str) -> TrialRow:

@@ -7,7 +7,7 @@ another; each is finished (test metrics, latency) alone, so that no latency is m
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from distill_ray.stages.context import Context, Outcome, tracking_id, write_stag
 from distill_ray.storage import Folder
 
 if TYPE_CHECKING:
+    from distill_ray.stages.data_parallel import Orders
     from distill_ray.training import Worker
 
 _POLL_S = 0.3
@@ -136,7 +137,7 @@ def _train_and_finish(context: Context, data: Stage, labels: Stage, todo: Sequen
     model_folder.check_model("student", source.data_manifest, context.config.student, placement)
     before = {student.stage.digest: len(progress.read_history(student.stage.folder)) for student in todo}
     started = time.perf_counter()
-    jobs = {student.stage.digest: _job(context.config, data, labels, student, placement) for student in todo}
+    jobs = {student.stage.digest: job_of(context.config, data, labels, student, placement) for student in todo}
     if placement.workers > 1:
         _train_in_groups(context, todo, jobs, placement)
     try:
@@ -186,13 +187,14 @@ def _train_in_groups(
 
             asked_at, job = time.time(), jobs[student.stage.digest]
             profile = data_parallel.train(
-                "student", student.stage, _train_in_group, job, placement, poll, context.reporter.line
+                "student", student.stage, train_in_group, job, placement, poll, context.reporter.line
             )
             if profile is not None:
                 context.profile.add_workers("student", asked_at, [profile], 1)
 
 
-def _job(config: Config, data: Stage, labels: Stage, student: Student, placement: Placement) -> dict[str, Any]:
+def job_of(config: Config, data: Stage, labels: Stage, student: Student, placement: Placement) -> dict[str, Any]:
+    """What each worker that trains ``student`` is sent."""
     return {
         "config": to_dict(config), "data": data, "labels": labels, "seed": student.seed,
         "loss": to_dict(student.loss), "stage": student.stage, "threads": placement.cpus,
@@ -265,7 +267,7 @@ def _train_student(job: Mapping[str, Any]) -> None:
     fit(spec, splits[0], splits[1], target.folder, worker, on_note=on_note)
 
 
-def _train_in_group(job: Mapping[str, Any], worker: Worker, must_save: Callable[[], bool]) -> None:
+def train_in_group(job: Mapping[str, Any], worker: Worker, orders: Orders) -> None:
     """Runs in each worker of the group that trains one student."""
     with profiling.phase("start-up"):
         from distill_ray.stages import model_folder
@@ -278,7 +280,7 @@ def _train_in_group(job: Mapping[str, Any], worker: Worker, must_save: Callable[
         data.data_manifest, config.student, _loss(job), job["seed"], target.folder, worker.device
     )
     spec = replace(spec, precision=resolved)  # rank 0's
-    data_parallel.fit(target, _section(config, job), spec, data, labels, shuffle, worker, must_save)
+    data_parallel.fit(target, _section(config, job), spec, data, labels, shuffle, worker, orders, job.get("rows"))
 
 
 def _section(config: Config, job: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ A teacher that is given instead is :mod:`distill_ray.stages.given`'s, one known 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from distill_ray import artifacts, placing, profiling, usercode
@@ -20,6 +20,7 @@ from distill_ray.storage import Folder
 from distill_ray.store import Store
 
 if TYPE_CHECKING:
+    from distill_ray.stages.data_parallel import Orders
     from distill_ray.training import Worker
 
 
@@ -120,7 +121,7 @@ def _require_labels(data: Store) -> None:
             )
 
 
-def _train_in_worker(arguments: dict[str, Any], worker: Worker, must_save: Callable[[], bool]) -> None:
+def _train_in_worker(arguments: dict[str, Any], worker: Worker, orders: Orders) -> None:
     """Runs in each worker of the group."""
     with profiling.phase("start-up"):
         from distill_ray.stages import model_folder
@@ -136,7 +137,7 @@ def _train_in_worker(arguments: dict[str, Any], worker: Worker, must_save: Calla
         model_folder.class_weights(teacher.loss, data.data_manifest),
     )  # fmt: skip
     section = config_section(config, "teacher")
-    result = data_parallel.fit(target, section, spec, data, None, shuffle, worker, must_save)
+    result = data_parallel.fit(target, section, spec, data, None, shuffle, worker, orders)
     if result is not None:
         extra = {"precision": resolved, "workers": worker.world_size, "data_digest": data.data_manifest.digest}
         model_folder.finish(target.folder, spec.model, result, data, None, worker.device, extra)

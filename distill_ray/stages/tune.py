@@ -206,20 +206,26 @@ def _search(
     tune = inputs.config.tune
     assert tune is not None
     count = len(given) or tune.planned_trials
-    started, placement = time.perf_counter(), _placement(context, count)
-    job = search_trial.job_of(inputs, placement)
-    resources = {"cpu": placement.cpus, **({"gpu": placement.gpus} if placement.gpus else {})}
-    trainable = ray_tune.with_resources(ray_tune.with_parameters(search_trial.train_trial, job=job), resources)
+    started = time.perf_counter()
+    placement, at_once = _placement(context, count)
+    job = search_trial.job_of(inputs, placement, search_trial.share_rows(inputs, placement.share_bytes))
+    trainable = ray_tune.with_resources(
+        ray_tune.with_parameters(search_trial.train_trial, job=job), search_trial.resources(placement)
+    )
     with (
         tempfile.TemporaryDirectory(prefix="distill-ray-tune-") as scratch,
         context.reporter.progress(name, count) as bar,
         _quiet_tune(),
     ):
-        watcher = search_watch.callback_of(watch := Watch(context, inputs, bar, budget, keys, name))
+        watch = Watch(context, inputs, bar, budget, keys, name=name, in_groups=placement.workers > 1)
+        watcher = search_watch.callback_of(watch)
+        tune_config = _tune_config(tune, inputs.config, at_once, watch, drawn=not given)
+        if placement.workers > 1 and tune_config.scheduler is not None:
+            search_trial.ask_instead_of_stopping(tune_config.scheduler, inputs)
         tuner = ray_tune.Tuner(
             trainable,
             param_space={search_space.GIVEN: ray_tune.grid_search(list(given))} if given else _param_space(tune),
-            tune_config=_tune_config(tune, inputs.config, placement, watch, drawn=not given),
+            tune_config=tune_config,
             run_config=ray_tune.RunConfig(
                 name="search", storage_path=scratch, verbose=0, callbacks=[watcher],
                 failure_config=ray_tune.FailureConfig(max_failures=_MAX_RETRIES),
@@ -233,10 +239,13 @@ def _search(
     return Found(*watch.rows(watcher.trial_ids), round(time.perf_counter() - started, 3))
 
 
-def _placement(context: Context, trials: int) -> Placement:
-    """One CPU a trial, or the configured part of a GPU; as many at a time as the cluster holds."""
-    nodes = context.session.start()
-    return placing.independent(context.config.cluster, nodes, trials)
+def _placement(context: Context, trials: int) -> tuple[Placement, int]:
+    """Of one trial: one CPU or the configured part of a GPU, or a group; and how many at a time the cluster holds."""
+    nodes, cluster = context.session.start(), context.config.cluster
+    if cluster.student_workers > 1:
+        return placing.groups(cluster, nodes, trials)
+    all_of_them = placing.independent(cluster, nodes, trials)
+    return replace(all_of_them, workers=1), all_of_them.workers
 
 
 def _param_space(tune: TuneConfig) -> dict[str, Any]:
@@ -265,7 +274,7 @@ def _domains(space: Mapping[str, SpaceEntry]) -> dict[str, Any]:
     return domains
 
 
-def _tune_config(tune: TuneConfig, config: Config, placement: Placement, watch: Watch, *, drawn: bool) -> Any:
+def _tune_config(tune: TuneConfig, config: Config, at_once: int, watch: Watch, *, drawn: bool) -> Any:
     """``drawn``: from the space, by its sampler; else the trials are given, as a grid of one key."""
     from ray import tune as ray_tune
     from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
@@ -275,10 +284,10 @@ def _tune_config(tune: TuneConfig, config: Config, placement: Placement, watch: 
         from ray.tune.search.optuna import OptunaSearch
 
         sampler: Any = ConcurrencyLimiter(
-            OptunaSearch(metric=METRIC, mode="max", seed=tune.seed), max_concurrent=placement.workers
+            OptunaSearch(metric=METRIC, mode="max", seed=tune.seed), max_concurrent=at_once
         )
     else:
-        sampler = BasicVariantGenerator(random_state=tune.seed, max_concurrent=placement.workers)
+        sampler = BasicVariantGenerator(random_state=tune.seed, max_concurrent=at_once)
     scheduler = None
     if tune.scheduler == "asha":
         epochs = _most_epochs(tune, config)
