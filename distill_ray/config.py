@@ -790,7 +790,9 @@ class TuneConfig(Section):
     def _controls_have_the_same_networks(self) -> TuneConfig:
         for key in self.control_space or {}:
             if key == "model" or key.startswith(("model.", "loss.")) or key == "loss":
-                raise ValueError(f"control_space.{key}: a control has its student's network and the loss ce")
+                raise ValueError(
+                    f"control_space.{key}: a control has its student's network and the loss ce: leave it out"
+                )
         return self
 
     @property
@@ -1009,9 +1011,17 @@ def _merged(below: Any, above: Any) -> Any:
     """``above`` over ``below``, section by section. A section that names another kind takes the whole place."""
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    if "name" in above and above["name"] != below.get("name"):
+    if _kind(above, below) != _kind(below, above):
         return above
     return below | {key: _merged(below.get(key), value) for key, value in above.items()}
+
+
+def _kind(section: Mapping[str, Any], other: Mapping[str, Any]) -> Any:
+    """What kind of section it is: as it says, or else as the other does; the name of a loss may be left out."""
+    if "import" in section or ("name" not in section and "import" in other):
+        return "import"
+    implied = "kd" if {"temperature", "alpha"} & (section.keys() | other.keys()) else None
+    return section.get("name") or implied or other.get("name")
 
 
 def _key_lines(node: yaml.Node | None, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Line]]:

@@ -87,6 +87,7 @@ class Bar:
     task: TaskID | None
     _last_line: float = 0.0
     _done: float = 0.0
+    _news: float = 0.0
     _last_news: float = field(default_factory=time.monotonic)
 
     def watch(self, over: threading.Event) -> None:
@@ -112,10 +113,10 @@ class Bar:
             shown.add_row(*row)
         self.bars.table = shown
 
-    def update(self, done: float, note: str = "") -> None:
-        """``done`` of ``total`` steps are finished."""
-        if done != self._done:
-            self._done, self._last_news = done, time.monotonic()
+    def update(self, done: float, note: str = "", *, news: float = 0.0) -> None:
+        """``done`` of ``total`` steps are finished; ``news`` changes where work goes on within a step."""
+        if (done, news) != (self._done, self._news):
+            self._done, self._news, self._last_news = done, news, time.monotonic()
         if self.bars is not None and self.task is not None:
             self.bars.update(self.task, completed=done, note=note)
         elif time.monotonic() - self._last_line >= _PLAIN_LINE_EVERY_S or done >= self.total:
@@ -166,9 +167,9 @@ def search_table(title: str, found: Mapping[str, Any]) -> None:
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
         console = Console(file=sys.stdout, highlight=False, width=_LOG_WIDTH)
-    table = Table(
-        title=f"{title}: finalists, test split, {found['seeds']} seed(s)", title_justify="left", header_style="bold"
-    )
+    synthetic = " of synthetic data" if found["synthetic"] else ""
+    heading = f"{title}: finalists, test split{synthetic}, {found['seeds']} seed(s)"
+    table = Table(title=heading, title_justify="left", header_style="bold")
     for heading in ("parameters", "latency ms", "values", "student", "control", "difference, points", ""):
         table.add_column(heading, justify="left" if heading in ("values", "") else "right", overflow="fold")
     for point in found["front"]:
@@ -184,7 +185,9 @@ def search_table(title: str, found: Mapping[str, Any]) -> None:
 
 
 def _finalist_cells(point: Mapping[str, Any]) -> list[str]:
-    values = ", ".join(f"{key}={value}" for key, value in point["values"].items())
+    values = ", ".join(
+        f"{key}={f'{value:.4g}' if isinstance(value, float) else value}" for key, value in point["values"].items()
+    )
     test, control, difference = point["test_accuracy"] or point["test_agreement"], point["control"], point["difference"]
     cells = [f"{point['parameters']:,}", f"{point['latency_ms']:.3f}", values, _spread(test), _spread(control)]
     if difference is None:

@@ -60,12 +60,13 @@ def finalist(row: TrialRow, seeds: int, gain: float) -> dict[str, Any]:
     ours = [base + 0.008 * math.sin(seed + row.id) for seed in range(seeds)]
     theirs = [base - gain + 0.009 * math.cos(2 * seed + row.id) for seed in range(seeds)]
     control = evidence.mean_std(theirs) | {
-        "trials": 3, "searched": {"train.lr": 0.0025}, "validation_accuracy": base - gain,
+        "trials": 3, "searched": {"train.lr": 0.0025}, "validation_accuracy": base - gain, "failed_seeds": {},
     }  # fmt: skip
     return {
         "test_accuracy": evidence.mean_std(ours), "latency_ms": latency_of(row),
         "latency_of": "1 row, fp32, 1 thread, cpu", "bytes": 4 * (row.parameters or 0), "control": control,
-        "difference": evidence.paired_difference(ours, theirs), "gap_closed": 0.25,
+        "difference": evidence.paired_difference(ours, theirs), "gap_closed": 0.25, "failed_seeds": {},
+        "why_no_control": None,
     }  # fmt: skip
 
 
@@ -103,5 +104,5 @@ def summary_of(rows: list[TrialRow], controls: list[TrialRow], seeds: int = 5) -
     return {
         "trials": len(rows), "counts": counts, "control_trials": len(controls), "finalists": 4, "seeds": seeds,
         "seconds": 900.0, "search_seconds": 500.0, "teacher_passes_saved": 1205, "teacher_seconds_saved": 8000.0,
-        "labels_digest": "3fa9c0ffee00", "data_digest": "81c2deadbeef",
+        "synthetic": False, "labels_digest": "3fa9c0ffee00", "data_digest": "81c2deadbeef",
     }  # fmt: skip

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import pytest
 
 from tests.harness import COMMAND, RUN_TIMEOUT_S, distill_ray, environment, only, write_config
 
@@ -106,20 +105,20 @@ def test_a_trial_that_diverges_is_told_and_the_search_goes_on(tmp_path: Path) ->
     assert failed.code == 1
     told = json.loads(failed.stdout.splitlines()[-1])["error"]
     assert told.startswith("tune: none of 2 trials reached its last epoch")
-    assert "first: the loss is not finite" in told
+    assert "the first: the loss is not finite" in told
+    assert told.endswith("mend that, or leave such values out of tune.space")
 
 
-@pytest.mark.parametrize("scheduler", ["none"])
-def test_a_search_ends_when_its_minutes_are_over(scheduler: str, tmp_path: Path) -> None:
+def test_a_search_ends_when_its_minutes_are_over(tmp_path: Path) -> None:
     slow = {**SEARCH["student"], "train": {**SEARCH["student"]["train"], "batch_size": 2, "epochs": 3}}
-    section = SEARCH["tune"] | {"scheduler": scheduler, "trials": 500, "minutes": 0.25}
+    section = SEARCH["tune"] | {"trials": 500, "minutes": 0.25}
     config, out = write_config(tmp_path, SEARCH | {"student": slow, "tune": section}), tmp_path / "runs"
     done = distill_ray("tune", config, "--out", out, "--json")
     assert done.code == 0, done.stderr
     rows, summary = trials_of(out), done.answer["tune"]
     assert 0 < len(rows) < 500
-    cut = [row for row in rows if row["status"] == "stopped"]
     assert {row["status"] for row in rows} <= {"completed", "stopped"}
-    assert cut, "some were running"
-    assert all(row["reason"] == "the 0.25 minutes of tune.minutes were over" for row in cut)
+    late = [row["id"] for row in rows if row["reason"] == "the minutes of tune.minutes were over"]
+    assert late, "some were running"
+    assert min(late) >= len(rows) - 4, "the last that were begun, two at a time"
     assert summary["trials"] == len(rows)

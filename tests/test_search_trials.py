@@ -116,7 +116,7 @@ def test_every_trial_is_a_group_and_has_its_row(search: Search) -> None:
     for row in rows.values():
         resolved = yaml.safe_load((Path(row["folder"]) / "config.yaml").read_text())["resolved"]
         assert (resolved["workers"], resolved["threads"], resolved["shuffle"]) == (2, 1, "whole")
-        assert not (Path(row["folder"]) / "stop.json").exists()
+        assert not list(Path(row["folder"]).glob("stop-*.json"))
 
 
 def test_groups_leave_nothing_behind(search: Search) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from distill_ray.errors import RunError, UserError
 from distill_ray.placing import Placement
 from distill_ray.stages import search_results, search_schedule, search_space, search_trial, tune
 from distill_ray.stages.search_results import TrialRow
-from distill_ray.stages.search_watch import Budget
+from distill_ray.stages.search_watch import Budget, Watch
 from distill_ray.storage import Folder
 from tests.harness import Finished, distill_ray, only, write_config
 
@@ -167,13 +168,14 @@ def test_constraints_are_numbers_as_people_write_them() -> None:
 
 
 def test_small_students_are_compared_with_small_ones() -> None:
-    """ASHA stops the worse half of each size, though every small one is worse than every large one."""
+    """ASHA stops the worse half of each group, though every small one is worse than every large one."""
     from ray.tune.experiment import Trial
 
-    parameters = {"large": 100_000, "small": 1_000}
-    scheduler = search_schedule.asha_by_size(8, lambda sample: parameters[sample["size"]])
+    scheduler = search_schedule.asha_within(8, lambda sample: sample["size"])
     trials = {
-        (size, rank): Trial("trial", config={"size": size}, stub=True) for size in parameters for rank in range(4)
+        (size, rank): Trial("trial", config={"size": size}, stub=True)
+        for size in ("large", "small")
+        for rank in range(4)
     }
     for trial in trials.values():
         scheduler.on_trial_add(None, trial)
@@ -182,7 +184,7 @@ def test_small_students_are_compared_with_small_ones() -> None:
         accuracy = (0.9 if size == "large" else 0.5) + rank / 100
         result = {"epoch": 2, "validation_accuracy": accuracy, "training_iteration": 1}
         decided[size, rank] = scheduler.on_trial_result(None, trial, result)
-    for size in parameters:
+    for size in ("large", "small"):
         assert [decided[size, rank] for rank in (3, 0)] == ["CONTINUE", "STOP"], size
 
 
@@ -227,22 +229,46 @@ def test_finalists_are_spread_and_keep_the_ends() -> None:
     assert [row.id for row in search_results.spread(rows, 1)] == [7]
 
 
-def test_a_limit_that_is_known_after_training_keeps_a_trial_from_the_front() -> None:
-    slow = dataclasses.replace(trial(0, 0.9, 10), latency_ms=0.7, bytes=100)
-    assert tune._within(slow, {"latency_ms": 0.5}).status == "infeasible"
-    assert tune._within(slow, {"latency_ms": 0.5}).reason == "latency_ms 0.7, tune.constraints: at most 0.5"
-    assert tune._within(slow, {"latency_ms": 0.7, "bytes": 100}) == slow
-    assert tune._within(slow, {"bytes": 99}).status == "infeasible"
+def test_a_latency_above_its_limit_keeps_a_trial_from_the_front() -> None:
+    row = trial(0, 0.9, 10)
+    slow = tune._within(row, 0.7, 0.5)
+    assert (slow.status, slow.latency_ms) == ("infeasible", 0.7)
+    assert slow.reason == "latency_ms 0.7, tune.constraints: at most 0.5"
+    assert tune._within(row, 0.7, 0.7) == dataclasses.replace(row, latency_ms=0.7)
+    assert tune._within(row, "it cannot be measured", 0.7).status == "failed"
 
 
 def test_the_share_of_the_gap_is_told_where_there_is_one() -> None:
-    def summaries(*accuracies: float) -> list[dict[str, Any]]:
-        return [{"accuracy": a, "latency_ms": 1.0, "latency_of": "", "bytes": 1} for a in accuracies]
-
     ours, theirs = summaries(0.88, 0.90), summaries(0.86, 0.86)
     assert search_results.finalist(ours, theirs, 0.92)["gap_closed"] == pytest.approx(0.5)
     assert search_results.finalist(ours, theirs, 0.865)["gap_closed"] is None  # half a point is no gap
     assert search_results.finalist(ours, theirs, None)["gap_closed"] is None
+
+
+def test_seeds_that_failed_are_left_out_of_the_pairs() -> None:
+    ours, theirs = summaries(0.88, 0.90, 0.92), summaries(0.86, 0.86, 0.86)
+    del ours[1], theirs[2]
+    entry = search_results.finalist(ours, theirs, None)
+    assert entry["test_accuracy"]["values"] == [0.88, 0.92]
+    assert entry["control"]["values"] == [0.86, 0.86]
+    assert entry["difference"]["seeds"] == 1
+    assert entry["difference"]["mean"] == pytest.approx(0.02)
+
+
+def summaries(*accuracies: float) -> dict[int, dict[str, Any]]:
+    return {seed: {"accuracy": a, "latency_of": "", "bytes": 1} for seed, a in enumerate(accuracies)}
+
+
+def test_a_finite_space_of_controls_is_drawn_without_repeats() -> None:
+    finite = {"train.lr": SpaceEntry(choice=(1, 2, 3)), "train.epochs": SpaceEntry(choice=(4, 5))}
+    drawn = [tuple(sorted(sample.items())) for sample in tune._drawn(finite, 5, seed=0)]
+    assert len(drawn) == len(set(drawn)) == 5
+    assert len(tune._drawn(finite, 50, seed=0)) == 6
+    ranged = {"train.lr": SpaceEntry(loguniform=(1e-3, 1e-2))}
+    rates = [sample["train.lr"] for sample in tune._drawn(ranged, 9, seed=1)]
+    assert len(set(rates)) == 9
+    assert all(1e-3 <= rate <= 1e-2 for rate in rates)
+    assert rates == [sample["train.lr"] for sample in tune._drawn(ranged, 9, seed=1)]
 
 
 def test_the_front_over_latency_is_among_all_that_were_trained() -> None:
@@ -364,6 +390,85 @@ def test_an_unknown_key_is_refused_before_anything_starts(tmp_path: Path) -> Non
     assert not (tmp_path / "runs" / "artifacts").exists()
 
 
+# --- what the driver makes of what happens --------------------------------------------------------------------------
+
+
+def watch_of(search: Search, minutes: float | None = None) -> tuple[Watch, Callable[[float], dict[str, Any]]]:
+    """A watch over no work at all, and samples by temperature: of students that nobody has trained."""
+    inputs = inputs_of(search, {"loss.temperature": {"uniform": [10, 99]}})
+    silent = SimpleNamespace(line=lambda *_: None, warn=lambda *_: None)
+    tracker = SimpleNamespace(start=lambda *_, **__: None, log=lambda *_: None, finish=lambda *_: None)
+    context: Any = SimpleNamespace(reporter=silent, tracker=tracker)
+    bar = SimpleNamespace(table=lambda *_: None, update=lambda *_, **__: None)
+    budget = Budget(Folder.at(search.out / "budget"), minutes)
+    return Watch(context, inputs, bar, budget, ["loss.temperature"]), lambda t: {"loss.temperature": t}
+
+
+def test_rows_stand_as_their_trials_were_begun_whatever_ends_first(search: Search) -> None:
+    watch, sample = watch_of(search)
+    for number, temperature in enumerate((11.0, 12.0, 13.0)):
+        watch.start(f"t{number}", sample(temperature))
+    watch.end("t2")
+    watch.start("t0", sample(11.0))  # again, after its process died: Tune puts it behind the others
+    watch.end("t1")
+    watch.end("t0")
+    rows, plans = watch.rows()
+    assert [(row.id, row.values["loss.temperature"]) for row in rows] == [(0, 11.0), (1, 12.0), (2, 13.0)]
+    assert [plans[row.id].values for row in rows] == [row.values for row in rows]
+
+
+def test_a_control_keeps_its_finalist_and_is_compared_with_those_of_the_same(search: Search) -> None:
+    watch, _ = watch_of(search)
+    student = search_space.lay_over(from_dict(SEARCH).student, {"model.hidden": [5]})
+    samples = [
+        {search_space.GIVEN: {"finalist": finalist, "values": search_space.control_values(student, {})}}
+        for finalist in (7, 3)
+    ]
+    for sample in samples:
+        watch.start(str(sample), sample)
+    rows, _ = watch.rows()
+    assert [row.values["finalist"] for row in rows] == [7, 3]
+    assert watch.group(samples[0]) != watch.group(samples[1])
+    assert watch.group({"loss.temperature": 11.0}) == watch.group({"loss.temperature": 12.0})
+
+
+def test_a_trial_that_died_before_it_began_is_a_row(search: Search) -> None:
+    watch, sample = watch_of(search)
+    watch.start("t0", sample(11.0))
+    watch.close({"t1": (sample(12.0), "the trial's process died: out of memory")})
+    rows, _ = watch.rows()
+    assert [(row.status, row.reason) for row in rows] == [
+        ("stopped", "stopped by the scheduler: others were better after as many epochs"),
+        ("failed", "the trial's process died: out of memory"),
+    ]
+    assert watch.ended == 2
+
+
+def test_what_the_scheduler_stopped_is_told_from_what_the_minutes_did(search: Search) -> None:
+    watch, sample = watch_of(search, minutes=1e-9)
+    watch.start("cut", sample(11.0))
+    watch.end("cut")
+    watch.start("late", sample(12.0))
+    assert watch.is_out_of_time()
+    watch.close({})
+    reasons = [row.reason for row in watch.rows()[0]]
+    assert reasons[0] is not None
+    assert reasons[0].startswith("stopped by the scheduler")
+    assert reasons[1] == "the minutes of tune.minutes were over"
+
+
+def test_a_student_in_other_hands_is_told_so_unless_they_are_of_this_search(search: Search) -> None:
+    watch, sample = watch_of(search)
+    for name, temperature in (("mine", 11.0), ("twin", 11.0), ("elsewhere", 12.0)):
+        watch.start(name, sample(temperature))
+    for name in ("twin", "elsewhere"):
+        watch.result(name, {"epoch": 0, "validation_accuracy": 0.0, "reason": search_trial.TAKEN})
+    watch.close({})
+    rows, _ = watch.rows()
+    assert [row.status for row in rows] == ["stopped", "stopped", "failed"]
+    assert rows[2].reason == search_trial.TAKEN
+
+
 # --- one trial, in this process, on the stores of that search ---------------------------------------------------------
 
 
@@ -465,5 +570,5 @@ def test_a_student_that_another_trains_is_not_waited_for(
     assert stage is not None
     with exclusive(stage, lambda message: pytest.fail(message)):
         twin, folder = run_trial(8.0)
-    assert twin.rows == [(0, 0.0, None)]
+    assert twin.rows == [(0, 0.0, search_trial.TAKEN)]
     assert not folder.exists("metrics.jsonl")

@@ -95,9 +95,10 @@ class Context:
         if not self.session.started:
             started = time.perf_counter()
             with ThreadPoolExecutor(1) as pool:
-                if ahead is not None:
-                    pool.submit(importlib.import_module, ahead)
+                imported = pool.submit(importlib.import_module, ahead) if ahead is not None else None
                 self.reporter.line(self.session.describe())
+                if imported is not None:
+                    imported.result()
             self.profile.add_stage("start of Ray", time.perf_counter() - started)
 
 

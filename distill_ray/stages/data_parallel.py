@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distill_ray.stages.shared_rows import SharedRows
     from distill_ray.training import FitResult, FitSpec, Worker
 
-_FAILURE_FILE, _PROFILE_FILE, _STOP_FILE = "failure.json", "profile.json", "stop.json"
+_FAILURE_FILE, _PROFILE_FILE = "failure.json", "profile.json"
 _POLL_S, _LOOK_AT_NODES_S = 0.3, 5.0
 _COLLECTIVE_TIMEOUT_S = 600  # for a rank that hangs; one that dies is noticed at once
 _MAX_START_FAILURES = 10  # a group gets a minute to start; Ray's own default is to try for ever
@@ -185,7 +185,7 @@ def _train_worker(job: dict[str, Any]) -> None:
     peers wait for it in a collective, and the group that Ray starts anew finds the note and ends at once.
     """
     folder = job["target"].folder
-    if _failure_of("", folder, job["attempt"]) is not None or must_stop(folder, job["name"]):
+    if _failure_of("", folder, job["attempt"]) is not None:
         return
     try:
         with profiling.measured() as profile:
@@ -212,7 +212,9 @@ def _work(job: dict[str, Any]) -> int:
     place = ray.train.get_context()
     device = ray.train.torch.get_device()
     worker = Worker(place.get_world_rank(), place.get_world_size(), job["threads"], device)
-    job["work"](job["arguments"], worker, Orders(worker, job["target"].folder, job["name"], _notice_of_preemption()))
+    orders = Orders(worker, job["target"].folder, job["name"], _notice_of_preemption())
+    orders.end_if_asked()
+    job["work"](job["arguments"], worker, orders)
     return worker.rank
 
 
@@ -238,23 +240,22 @@ def ask_to_stop(folder: Folder, name: str) -> None:
     A note, which its workers look for: whoever ends them from outside, controller and all, leaves behind what Ray Train
     cleans up in the end of a run.
     """
-    folder.write_json(_STOP_FILE, {"name": name})
+    folder.write_json(_stop_file(name), {})
 
 
 def must_stop(folder: Folder, name: str | None) -> bool:
     """Whether that group was asked to."""
-    if name is None:
-        return False
-    try:
-        return bool(folder.read_json(_STOP_FILE)["name"] == name)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return False
+    return name is not None and folder.exists(_stop_file(name))
 
 
 def forget_stop(folder: Folder, name: str) -> None:
     """The group of this ``name`` is over."""
     if must_stop(folder, name):
-        folder.delete(_STOP_FILE)
+        folder.delete(_stop_file(name))
+
+
+def _stop_file(name: str) -> str:
+    return f"stop-{name}.json"
 
 
 class _StoppedError(Exception):

@@ -89,10 +89,10 @@ def _make(context: Context, data: Stage, model: Stage, target: Stage) -> None:
         items[0]["check"] = True
     fresh, notes = _stream(context, items, sum(r.rows for r in records), source.manifest.rows, arguments, placement)
     seconds = time.perf_counter() - started
+    rate = notes.pop("rows_per_s", None) or recorded(target.folder).get("rows_per_s")
     if notes:
         before = {"precision": notes["precision"], "precision_check": notes["check"]}
-    rate = {"rows_per_s": round(sum(r.rows for r in fresh) / seconds, 1)}  # for what a search saves by these labels
-    write_stage_config(target, arguments["section"], before | rate)
+    write_stage_config(target, arguments["section"], before | ({} if rate is None else {"rows_per_s": rate}))
     records = [*records, *(fresh if todo else [])]
     if sum(record.rows for record in records) != source.manifest.rows:
         raise RunError(
@@ -158,6 +158,9 @@ def _stream(
             done += written.record.rows
             bar.update(min(done, total), f"rows  {(done - before) / (time.perf_counter() - started):,.0f} rows/s")
     context.profile.add_workers("label", asked_at, profiles, placement.workers)
+    computed_s = sum(profile["seconds"].get("compute", 0.0) for profile in profiles) / placement.workers
+    if computed_s:  # what a pass of the teacher takes here, for what a search saves: without start-up, reading, writing
+        notes["rows_per_s"] = round(sum(record.rows for record in records) / computed_s, 1)
     return records, notes
 
 

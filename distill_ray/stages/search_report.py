@@ -72,15 +72,13 @@ def _render(
 def verdict(point: Mapping[str, Any]) -> str:
     """What distillation did for a finalist, in a sentence: both means, the difference and how sure it is."""
     measure = measure_of(point)
-    test, control = point.get(f"test_{measure}"), point.get("control")
-    if test is None:
-        return f"{_named(point)}: the test split told nothing of it."
+    test, control = point[f"test_{measure}"], point["control"]
     does = "is right on" if measure == "accuracy" else "chooses the teacher's class on"
     seeds = len(test["values"])
     over = f"over {seeds} seeds" if seeds > 1 else "with one seed"
     text = f"{_named(point)}: {over} it {does} {_share(test['mean'], 2)} of the test rows"
     if control is None:
-        return f"{text}. It has no control: there is no distillation to judge."
+        return f"{text}. It has no control: {point['why_no_control']}."
     return f"{text}, its CE-only control on {_share(control['mean'], 2)}: {_judged(point['difference'])}"
 
 
@@ -101,10 +99,8 @@ def _judged(difference: Mapping[str, Any] | None) -> str:
 
 def saved(summary: Mapping[str, Any]) -> str:
     """What the label store saved, in sentences."""
-    passes, seconds = summary.get("teacher_passes_saved"), summary.get("teacher_seconds_saved")
+    passes, seconds = summary["teacher_passes_saved"], summary["teacher_seconds_saved"]
     text = "Every distilled student of this search learned from one label store; none of them ran the teacher."
-    if passes is None:
-        return f"{text} How many passes of the teacher that saved was not recorded."
     cost = f"{_duration(seconds)} of its time" if seconds is not None else "how long one takes was not recorded"
     return (
         f"{text} With the teacher beside each of them it would have made {passes:,} more passes over the rows: {cost}."
@@ -128,7 +124,7 @@ def _best_first(rows: Sequence[TrialRow]) -> list[dict[str, Any]]:
     def rank(row: TrialRow) -> tuple[float, int]:
         return (math.inf if row.validation_accuracy is None else -row.validation_accuracy, row.id)
 
-    return [vars(row) | {"latency_ms": getattr(row, "latency_ms", None)} for row in sorted(rows, key=rank)]
+    return [vars(row) for row in sorted(rows, key=rank)]
 
 
 def _keys(rows: Sequence[TrialRow]) -> list[str]:

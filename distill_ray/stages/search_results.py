@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
@@ -107,29 +107,37 @@ def spread(front_rows: Sequence[TrialRow], count: int) -> list[TrialRow]:
 
 
 def finalist(
-    students: Sequence[Mapping[str, Any]], controls: Sequence[Mapping[str, Any]], teacher_accuracy: float | None
-) -> dict[str, Any]:
-    """What the summaries of a finalist's seeds say, beside those of its CE-only controls in the same order of seeds.
+    students: Mapping[int, Mapping[str, Any]], controls: Mapping[int, Mapping[str, Any]],
+    teacher_accuracy: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a finalist's summaries by seed say beside those of its CE-only control; differences are paired by seed.
 
-    A finalist whose own loss is ``ce`` has no controls: it is its own. Where the test split has no labels, the
+    A finalist whose own loss is ``ce`` has no control: it is its own. Where the test split has no labels, the
     agreement with the teacher takes the place of the accuracy. ``gap_closed`` is the part of the way from control to
     teacher that the student is ahead of its control, where that way is longer than a point.
     """
-    measure = "accuracy" if all(summary["accuracy"] is not None for summary in students) else "agreement"
-    ours = [float(summary[measure]) for summary in students]
+    measure = "accuracy" if all(summary["accuracy"] is not None for summary in students.values()) else "agreement"
+    first = next(iter(students.values()))
     entry: dict[str, Any] = {
-        "test_accuracy": None, f"test_{measure}": evidence.mean_std(ours),
-        "latency_ms": fmean(float(s["latency_ms"]) for s in students),
-        "latency_of": students[0]["latency_of"], "bytes": students[0]["bytes"], "control": None, "difference": None,
+        "test_accuracy": None, f"test_{measure}": evidence.mean_std(_of(measure, students, students)),
+        "latency_of": first["latency_of"], "bytes": first["bytes"], "control": None, "difference": None,
         "gap_closed": None,
     }  # fmt: skip
+    shared = [seed for seed in students if seed in controls]
     if controls:
-        theirs = [float(summary[measure]) for summary in controls]
-        entry |= {"control": evidence.mean_std(theirs), "difference": evidence.paired_difference(ours, theirs)}
+        theirs = _of(measure, controls, controls)
+        entry["control"] = evidence.mean_std(theirs)
+    if shared:
+        ours, beside = _of(measure, students, shared), _of(measure, controls, shared)
+        entry["difference"] = evidence.paired_difference(ours, beside)
         if measure == "accuracy" and teacher_accuracy is not None:
             gap = teacher_accuracy - fmean(theirs)
             entry["gap_closed"] = entry["difference"]["mean"] / gap if gap > _LEAST_GAP else None
     return entry
+
+
+def _of(measure: str, summaries: Mapping[int, Mapping[str, Any]], seeds: Iterable[int]) -> list[float]:
+    return [float(summaries[seed][measure]) for seed in seeds]
 
 
 def pareto(

@@ -22,7 +22,7 @@ from distill_ray.errors import UserError
 from distill_ray.stages import opening, student
 from distill_ray.storage import Folder
 
-GIVEN = "values"  # key of a sample that is a trial's values as they are
+GIVEN = "given"  # key of a control's sample: its ``values`` as they are, and the ``finalist`` whose control it is
 METRIC = "validation_accuracy"  # the one objective: sizes are functions of the config, the front is computed after
 _LR_FACTOR = 4.0
 _NOT_SEARCHED = "seeds"  # a trial has one seed; tune.seeds repeats the finalists
@@ -154,7 +154,7 @@ def _kinds(field: FieldInfo) -> tuple[type[BaseModel], ...]:
 
 def values_of(tune: TuneConfig, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Config values of what Tune hands to a trial: what a sampler drew, or, of a control, the values themselves."""
-    return dict(sample[GIVEN]) if GIVEN in sample else decode(tune.space, sample)
+    return dict(sample[GIVEN]["values"]) if GIVEN in sample else decode(tune.space, sample)
 
 
 def decode(space: Mapping[str, SpaceEntry], sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +248,8 @@ def _value(raw: Any, key: str) -> Any:
 
 
 def _sizes(data: Stage, sampled: StudentConfig) -> dict[str, int]:
-    """Parameters and bytes of the weights. From shapes alone: a candidate far above the limit costs no memory."""
+    """Parameters, and bytes of the weights without their file's header. From shapes alone: a candidate far above the
+    limit costs no memory."""
     from distill_ray.models.classifier import count_parameters
     from distill_ray.stages import model_folder
     from distill_ray.store import open_store

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from distill_ray import artifacts, runtime
-from distill_ray.artifacts import Stage
+from distill_ray.artifacts import WEIGHTS_FILE, Stage
 from distill_ray.config import Config, StudentConfig, TuneConfig, from_dict, to_dict, to_yaml
 from distill_ray.errors import DistillRayError
 from distill_ray.placing import Placement
@@ -25,6 +25,7 @@ from distill_ray.stages.shared_rows import SharedRows
 from distill_ray.stages.student import Student
 from distill_ray.store import SplitArrays, StoredSplit, read_split
 
+TAKEN = "another trial, or another run, was training this very student"
 _STOP_TIMEOUT_S = "60"
 _MEMORY_BYTES = 2**20  # of an actor that only follows: Tune takes no empty request, and every node has memory
 
@@ -108,9 +109,9 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
             fit = _fit if job["placement"].workers == 1 else _fit_in_group
             fit(trial.config, trial.stage, inputs, job["placement"], job["rows"])
     except _TakenError:
-        # Waiting would hold a CPU, for ever where the other is a stopped trial whose actor idles. The row of this
-        # trial is read from the shared folder at the end.
-        _report(0, _best(_history(trial.stage)))
+        # Waiting would hold a CPU, for ever where the other is a stopped trial whose actor idles. Where the other is of
+        # this search, the row of this trial is read from the shared folder at the end.
+        _report(0, _best(_history(trial.stage)), reason=TAKEN)
     except Exception as error:
         # Told to Tune as a bad result, not as a crash: the actor stays, and Optuna learns to keep away.
         _report(len(_history(trial.stage)), 0.0, reason=_reason(error))
@@ -119,7 +120,7 @@ def train_trial(sample: Mapping[str, Any], job: Mapping[str, Any]) -> None:
 def _fit(config: Config, target: Stage, inputs: Inputs, placement: Placement, rows: SharedRows | None) -> None:
     history, section = _history(target), config.student
     _tell(history)
-    if _is_over(history, section):
+    if _is_done(target, history, section):
         return
     from distill_ray.stages import model_folder  # seconds, of which trials that are trained already have no need
     from distill_ray.training import Worker, fit
@@ -160,7 +161,7 @@ def _fit_in_group(config: Config, target: Stage, inputs: Inputs, placement: Plac
     told, stopped = _history(target), list[SystemExit]()
     try:
         _tell(told)
-        if _is_over(told, section) or data_parallel.must_stop(target.folder, name):
+        if _is_done(target, told, section) or data_parallel.must_stop(target.folder, name):
             return
 
         def poll() -> None:
@@ -202,6 +203,11 @@ def _splits(
 
 def _is_over(history: artifacts.History, section: StudentConfig) -> bool:
     return artifacts.is_over(history, section.train.epochs, section.train.early_stop_epochs)
+
+
+def _is_done(target: Stage, history: artifacts.History, section: StudentConfig) -> bool:
+    """Whether nothing is left to do: the last epoch stands in metrics.jsonl before its model is written."""
+    return _is_over(history, section) and target.folder.exists(WEIGHTS_FILE)
 
 
 def _tell(history: artifacts.History, told: int = 0) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distill_ray.artifacts import WEIGHTS_FILE, History, is_over, score
 from distill_ray.config import to_dict
-from distill_ray.stages import data_parallel, progress, search_space
+from distill_ray.stages import data_parallel, progress, search_schedule, search_space
 from distill_ray.stages.context import Context, tracking_id
 from distill_ray.stages.search_results import Status, TrialRow, described
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
+from distill_ray.stages.search_trial import TAKEN
 from distill_ray.storage import Folder
 
 _BUDGET_FILE = "searching.json"
@@ -21,6 +22,7 @@ _NOTE_EVERY_S = 5.0
 _BEST_SHOWN = 5
 _METRICS = ("train_loss", "train_ce", "train_kd", "validation_ce", "validation_agreement", "validation_kl")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_OUT_OF_TIME = "the minutes of tune.minutes were over"
 _CUT = "stopped by the scheduler: others were better after as many epochs"
 
 
@@ -46,7 +48,7 @@ class Budget:
         """Write down what is spent, now and then, for the attempt that follows should this one be killed."""
         if self._minutes is not None and time.monotonic() - self._noted_at >= _NOTE_EVERY_S:
             self._noted_at = time.monotonic()
-            self._folder.write_json(_BUDGET_FILE, {"seconds": self._seconds(), "ended": ended})
+            self._folder.write_json(_BUDGET_FILE, {"seconds": self._seconds(), "ended": max(ended, self._ended_before)})
 
     def _seconds(self) -> float:
         return self._spent_s + time.monotonic() - self._started
@@ -61,6 +63,7 @@ class _Followed:
     follower: Any = None
     reason: str | None = None  # of a trial that raised or whose process died
     over: bool = False
+    out_of_time: bool = False  # it was running when the minutes were over
     epoch: int = 0
     best: float = 0.0
     started: float = field(default_factory=time.monotonic)
@@ -88,7 +91,6 @@ class Watch:
         self._trials: dict[str, _Followed] = {}
         self._open: set[str] = set()  # W&B runs, by folder: two trials may draw the same student
         self._out_of_time = False
-        self._last_of_groups: list[tuple[str, _Followed]] = []  # those that ran when the minutes were over
 
     @property
     def ended(self) -> int:
@@ -99,19 +101,27 @@ class Watch:
         """Whether the minutes are over, and no group is left that has to end by itself."""
         if not self._out_of_time and self._budget.is_over(self.ended):
             self._out_of_time = True
-            self._last_of_groups = [
-                (trial_id, one) for trial_id, one in self._trials.items() if self._in_groups and not one.over
-            ]
-            for trial_id, followed in self._last_of_groups:
-                _ask_to_stop(followed.plan, trial_id)
-        return self._out_of_time and all(followed.over for _, followed in self._last_of_groups)
+            for trial_id, followed in self._trials.items():
+                followed.out_of_time = not followed.over
+                if self._in_groups and followed.out_of_time:
+                    _ask_to_stop(followed, trial_id)
+        groups = [followed for followed in self._trials.values() if self._in_groups and followed.out_of_time]
+        return self._out_of_time and all(followed.over for followed in groups)
 
     def plan(self, sample: Mapping[str, Any]) -> Trial:
         """What a sample of Tune's means; its values are those that tell it apart."""
         tune = self._inputs.config.tune
         assert tune is not None
-        plan = search_space.plan(self._inputs, search_space.values_of(tune, sample))
-        return plan.of_keys(self._keys)
+        plan = search_space.plan(self._inputs, search_space.values_of(tune, sample)).of_keys(self._keys)
+        if (given := sample.get(search_space.GIVEN)) is None:
+            return plan
+        return replace(plan, values={"finalist": given["finalist"], **plan.values})
+
+    def group(self, sample: Mapping[str, Any]) -> Any:
+        """Equal for the trials that a scheduler may compare."""
+        if (given := sample.get(search_space.GIVEN)) is not None:
+            return "finalist", given["finalist"]
+        return "size", search_schedule.size_class(self.plan(sample).parameters)
 
     def start(self, trial_id: str, sample: Mapping[str, Any]) -> None:
         """A trial begins, or begins again after its process died."""
@@ -119,10 +129,10 @@ class Watch:
             return
         plan = self.plan(sample)
         followed = self._trials[trial_id] = _Followed(len(self._trials), plan)
-        if self._out_of_time and self._in_groups:  # begun in the place of one that has ended: it starts no group
-            _ask_to_stop(plan, trial_id)
         if plan.status == "ready" and plan.stage is not None and plan.stage.folder.name not in self._open:
             followed.follower = self._follow(plan, plan.stage.folder)
+        if self._out_of_time and self._in_groups:  # begun in the place of one that has ended: it starts no group
+            _ask_to_stop(followed, trial_id)
         self._show()
 
     def _follow(self, plan: Trial, folder: Folder) -> Any:
@@ -172,46 +182,62 @@ class Watch:
             ("trial", "values", "parameters", "epoch", "validation accuracy", ""),
             [followed.cells() for followed in [*running, *over]],
         )
-        self._bar.update(self.ended, f"trials  best validation accuracy {best:.4f}")
+        epochs = sum(followed.epoch for followed in self._trials.values())
+        self._bar.update(self.ended, f"trials  best validation accuracy {best:.4f}", news=epochs)
 
-    def rows(self, trial_ids: Sequence[str]) -> tuple[list[TrialRow], dict[int, Trial]]:
-        """A row a started trial, in the order given, read from the folders: what stands there is what counts."""
-        failed = {
-            followed.plan.stage.digest: followed.reason
-            for followed in self._trials.values()
-            if followed.reason and followed.plan.stage is not None and followed.plan.status == "ready"
-        }
-        trials = [self._trials[trial_id].plan for trial_id in trial_ids if trial_id in self._trials]
-        tune = self._inputs.config.tune
-        assert tune is not None
-        why_stopped = f"the {tune.minutes:g} minutes of tune.minutes were over" if self._out_of_time else _CUT
-        return [_row(number, trial, failed, why_stopped) for number, trial in enumerate(trials)], dict(
-            enumerate(trials)
-        )
+    def close(self, failed: Mapping[str, tuple[Mapping[str, Any], str]]) -> None:
+        """The search is over. Trials that it has cut have not been ended yet, those in ``failed`` (sample, reason) may
+        never have been started: their processes died before."""
+        for trial_id, (sample, reason) in failed.items():
+            if trial_id not in self._trials:
+                self.start(trial_id, sample)
+                self.end(trial_id, reason)
+        for trial_id, followed in self._trials.items():
+            if not followed.over:
+                self.end(trial_id)
+
+    def rows(self) -> tuple[list[TrialRow], dict[int, Trial]]:
+        """A row a trial, as they were started, read from the folders: what stands there is what counts."""
+        followed = sorted(self._trials.values(), key=lambda one: one.number)
+        return [_row(one, self._fate(one)) for one in followed], {one.number: one.plan for one in followed}
+
+    def _fate(self, followed: _Followed) -> _Followed:
+        """The trial that tells what became of this one's student: a twin, where that had it."""
+        if followed.reason != TAKEN:
+            return followed
+        twins = (one for one in self._trials.values() if one.plan.stage == followed.plan.stage and one.reason != TAKEN)
+        return next(twins, followed)
 
 
-def _ask_to_stop(plan: Trial, trial_id: str) -> None:
-    if plan.stage is not None:
-        data_parallel.ask_to_stop(plan.stage.folder, trial_id)
+def _ask_to_stop(followed: _Followed, trial_id: str) -> None:
+    if followed.follower is not None and followed.plan.stage is not None:  # not a twin, which has no group
+        data_parallel.ask_to_stop(followed.plan.stage.folder, trial_id)
 
 
-def _row(number: int, trial: Trial, failed: Mapping[str, str | None], why_stopped: str) -> TrialRow:
+def _row(followed: _Followed, fate: _Followed) -> TrialRow:
+    number, trial = followed.number, followed.plan
     if trial.config is None or trial.stage is None:
         return TrialRow(number, trial.values, None, 0, None, 0.0, "invalid", trial.reason, None)
     if trial.status == "infeasible":
         return TrialRow(number, trial.values, None, 0, trial.parameters, 0.0, "infeasible", trial.reason, None)
     folder, train = trial.stage.folder, trial.config.student.train
-    history = progress.read_history(folder)
-    status: Status = "completed" if is_over(history, train.epochs, train.early_stop_epochs) else "stopped"
-    reason = why_stopped if status == "stopped" else None
-    if status == "stopped" and trial.stage.digest in failed:
-        status, reason = "failed", failed[trial.stage.digest]
+    history, held = progress.read_history(folder), folder.size(WEIGHTS_FILE)
+    status, reason = _status(fate)
+    if held is not None and is_over(history, train.epochs, train.early_stop_epochs):
+        status, reason = "completed", None
     best = max(history, key=score, default=None)
     return TrialRow(
         number, trial.values, None if best is None else score(best), len(history), trial.parameters, _seconds(history),
-        status, reason, str(folder), folder.size(WEIGHTS_FILE) if status == "completed" else None,
+        status, reason, str(folder), held if status == "completed" else None,
         metrics={} if best is None else {key: best[key] for key in _METRICS if key in best},
     )  # fmt: skip
+
+
+def _status(fate: _Followed) -> tuple[Status, str | None]:
+    """Of a trial that has no trained student."""
+    if fate.reason:
+        return "failed", fate.reason
+    return "stopped", _OUT_OF_TIME if fate.out_of_time else _CUT
 
 
 def _seconds(history: History) -> float:
@@ -223,8 +249,6 @@ def callback_of(watch: Watch) -> Any:
     from ray import tune as ray_tune
 
     class Watcher(ray_tune.Callback):  # type: ignore[misc]
-        trial_ids: tuple[str, ...] = ()
-
         def __reduce__(self) -> tuple[Any, tuple[()]]:
             return ray_tune.Callback, ()  # Tune pickles its callbacks for a restore that never happens here
 
@@ -240,10 +264,11 @@ def callback_of(watch: Watch) -> Any:
             watch.end(trial.trial_id)
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            watch.start(trial.trial_id, trial.config)  # its process may have died before it began
             watch.end(trial.trial_id, error=_reason_of(trial))
 
         def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-            self.trial_ids = tuple(trial.trial_id for trial in trials)
+            watch.close({t.trial_id: (t.config, _reason_of(t)) for t in trials if t.status == t.ERROR})
 
     return Watcher()
 

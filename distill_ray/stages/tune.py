@@ -9,7 +9,9 @@ only they meet the test split.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import math
 import os
 import re
 import tempfile
@@ -45,6 +47,9 @@ from distill_ray.stages.context import Context, recorded
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
 from distill_ray.stages.search_watch import Budget, Watch
+from distill_ray.stages.shared_rows import SharedRows
+from distill_ray.stages.student import Student
+from distill_ray.storage import Folder
 
 TRIALS_FILE, CONTROLS_FILE, PARETO_FILE = "trials.parquet", "control_trials.parquet", "pareto.json"
 
@@ -68,7 +73,7 @@ def run(context: Context) -> dict[str, Any]:
     inputs = Inputs(context.config, context.out, data, labels)
     target = locate(inputs)
     # The first trial waits for the driver to count its parameters: for the import of torch, were that not done by then.
-    ahead = "distill_ray.stages.model_spec"
+    ahead = "distill_ray.stages.model_folder"
     context.once("tune", target, is_whole, lambda: _make(context, tune, inputs, target), ahead=ahead)
     return {"tune": {"folder": str(target.folder), **(target.finished() or {}), **target.folder.read_json(PARETO_FILE)}}
 
@@ -107,14 +112,15 @@ def _check_installed(tune: TuneConfig) -> None:
 def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> None:
     started = time.perf_counter()
     seen = _label_state(inputs)
-    found = _search(context, inputs, Budget(target.folder, tune.minutes), sorted(tune.space), "tune")
-    rows = _with_latency(context, inputs, found)
+    shared = search_trial.share_rows(inputs, _placement(context, tune.planned_trials)[0].share_bytes)
+    found = _search(context, inputs, shared, Budget(target.folder, tune.minutes), sorted(tune.space), "tune")
+    rows = _with_latency(context, inputs, found, target.folder)
     target.folder.write_bytes(TRIALS_FILE, search_results.to_parquet(rows, sorted(tune.space)))
     front = search_results.trial_front(rows)
     if not front:
         raise RunError(_why_nothing(rows))
     chosen = search_results.spread(front, tune.finalists)
-    controls = _search_controls(context, tune, inputs, found, chosen)
+    controls = _search_controls(context, tune, inputs, shared, found, chosen)
     control_keys = sorted(search_space.control_space(inputs.config.student, tune))
     if controls.rows:
         target.folder.write_bytes(CONTROLS_FILE, search_results.to_parquet(controls.rows, ["finalist", *control_keys]))
@@ -128,6 +134,7 @@ def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> 
     best = max(front, key=lambda row: row.validation_accuracy or 0.0)
     summary = {
         "trials": len(rows), "counts": dict(Counter(row.status for row in rows)),
+        "synthetic": (inputs.data.finished() or {}).get("synthetic"),
         "control_trials": len(controls.rows), "finalists": len(measured), "seeds": tune.seeds,
         "best": {key: value for key, value in asdict(best).items() if key not in ("status", "reason")},
         "seconds": round(time.perf_counter() - started, 3), "search_seconds": found.seconds,
@@ -143,9 +150,18 @@ def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> 
 
 
 def _why_nothing(rows: Sequence[TrialRow]) -> str:
-    counts = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in rows).items())
-    reason = next((row.reason for row in rows if row.reason), "tune.minutes were over before one was started")
-    return f"tune: none of {len(rows)} trials reached its last epoch within the constraints ({counts}); first: {reason}"
+    counts = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in rows).items()) or "none begun"
+    telling = sorted((row for row in rows if row.reason), key=lambda row: row.status != "failed")
+    reason = telling[0].reason if telling else "the minutes of tune.minutes were over"
+    mends = {
+        "failed": "mend that, or leave such values out of tune.space", "invalid": "change tune.space",
+        "infeasible": "loosen tune.constraints, or add smaller students to tune.space",
+    }  # fmt: skip
+    mend = mends.get(telling[0].status if telling else "", "raise tune.minutes")
+    return (
+        f"tune: none of {len(rows)} trials reached its last epoch within the constraints ({counts}); the first: "
+        f"{reason}: {mend}"
+    )
 
 
 def _label_state(inputs: Inputs) -> str:
@@ -156,24 +172,19 @@ def _label_state(inputs: Inputs) -> str:
 def _saved(
     inputs: Inputs, rows: Sequence[TrialRow], measured: Mapping[int, Any], found: Found, tune: TuneConfig
 ) -> dict[str, Any]:
-    """What a teacher in the loop would have cost: a pass over training and validation rows for each epoch trained.
+    """What a teacher in the loop would have cost: a pass over the training rows for each epoch of distillation, but for
+    the one that made the labels.
 
-    The seconds are those that labelling took for as many rows; None where nothing was labelled (imported logits, or a
+    The seconds are those that labelling computed for as many rows; None where that is not known (imported logits, or a
     store of an earlier version).
     """
     distilled = {row.folder: row.epochs for row in rows if row.folder and _is_distilled(found, row)}
-    passes = sum(distilled.values())
-    for row in rows:
-        if row.id in measured and _is_distilled(found, row):
-            passes += (tune.seeds - 1) * row.epochs  # the first seed is the trial's own
-    splits = opening.data_store(inputs.config, inputs.data).manifest.splits
+    again = sum((tune.seeds - 1) * row.epochs for row in rows if row.id in measured and _is_distilled(found, row))
+    passes = max(0, sum(distilled.values()) + again - 1)
     rate = recorded(inputs.labels.folder).get("rows_per_s")
-    rows_a_pass = splits["train"].rows + splits["validation"].rows
-    seconds = round(passes * rows_a_pass / rate, 1) if isinstance(rate, int | float) and rate > 0 else None
+    train_rows = opening.data_store(inputs.config, inputs.data).manifest.splits["train"].rows
+    seconds = round(passes * train_rows / rate, 1) if isinstance(rate, int | float) and rate > 0 else None
     return {"teacher_passes_saved": passes, "teacher_seconds_saved": seconds}
-
-
-# --- the search -----------------------------------------------------------------------------------------------------
 
 
 def _is_distilled(found: Found, row: TrialRow) -> bool:
@@ -186,11 +197,11 @@ class Found:
 
     rows: list[TrialRow]
     plans: Mapping[int, Trial]
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall-clock
 
 
 def _search(
-    context: Context, inputs: Inputs, budget: Budget, keys: Sequence[str], name: str,
+    context: Context, inputs: Inputs, shared: SharedRows | None, budget: Budget, keys: Sequence[str], name: str,
     given: Sequence[Mapping[str, Any]] = (),
 ) -> Found:  # fmt: skip
     """Run the trials: those that the space gives, or ``given`` ones; ``keys`` tell them apart.
@@ -208,7 +219,7 @@ def _search(
     count = len(given) or tune.planned_trials
     started = time.perf_counter()
     placement, at_once = _placement(context, count)
-    job = search_trial.job_of(inputs, placement, search_trial.share_rows(inputs, placement.share_bytes))
+    job = search_trial.job_of(inputs, placement, shared)
     trainable = ray_tune.with_resources(
         ray_tune.with_parameters(search_trial.train_trial, job=job), search_trial.resources(placement)
     )
@@ -218,7 +229,6 @@ def _search(
         _quiet_tune(),
     ):
         watch = Watch(context, inputs, bar, budget, keys, name=name, in_groups=placement.workers > 1)
-        watcher = search_watch.callback_of(watch)
         tune_config = _tune_config(tune, inputs.config, at_once, watch, drawn=not given)
         if placement.workers > 1 and tune_config.scheduler is not None:
             search_trial.ask_instead_of_stopping(tune_config.scheduler, inputs)
@@ -227,7 +237,7 @@ def _search(
             param_space={search_space.GIVEN: ray_tune.grid_search(list(given))} if given else _param_space(tune),
             tune_config=tune_config,
             run_config=ray_tune.RunConfig(
-                name="search", storage_path=scratch, verbose=0, callbacks=[watcher],
+                name="search", storage_path=scratch, verbose=0, callbacks=[search_watch.callback_of(watch)],
                 failure_config=ray_tune.FailureConfig(max_failures=_MAX_RETRIES),
                 stop=search_watch.stopper_of(watch),
             ),
@@ -236,7 +246,7 @@ def _search(
             tuner.fit()
         except Exception as error:
             raise runtime.as_run_error("tune", error) from error
-    return Found(*watch.rows(watcher.trial_ids), round(time.perf_counter() - started, 3))
+    return Found(*watch.rows(), round(time.perf_counter() - started, 3))
 
 
 def _placement(context: Context, trials: int) -> tuple[Placement, int]:
@@ -291,7 +301,7 @@ def _tune_config(tune: TuneConfig, config: Config, at_once: int, watch: Watch, *
     scheduler = None
     if tune.scheduler == "asha":
         epochs = _most_epochs(tune, config)
-        scheduler = search_schedule.asha_by_size(epochs, lambda sample: watch.plan(sample).parameters)
+        scheduler = search_schedule.asha_within(epochs, watch.group)
     alone = {} if scheduler is not None or optuna else {"metric": METRIC, "mode": "max"}
     return ray_tune.TuneConfig(
         search_alg=sampler, scheduler=scheduler, reuse_actors=True,
@@ -328,60 +338,67 @@ def _quiet_tune() -> Iterator[None]:
 # --- after the search -------------------------------------------------------------------------------------------------
 
 
-def _with_latency(context: Context, inputs: Inputs, found: Found) -> list[TrialRow]:
+def _with_latency(context: Context, inputs: Inputs, found: Found, folder: Folder) -> list[TrialRow]:
     """The rows with the latency of each trained student, measured now that nothing else runs; those that it puts
     outside of the constraints are told so."""
     trained = {row.id: found.plans[row.id] for row in found.rows if row.status == "completed"}
-    latencies = search_latency.measure(context, inputs, trained)
+    latencies = search_latency.measure(context, inputs, trained, folder)
     assert inputs.config.tune is not None
-    limits = {str(measure): limit for measure, limit in inputs.config.tune.limits}
-    return [_within(replace(row, latency_ms=latencies.get(row.id)), limits) for row in found.rows]
+    limit = dict(inputs.config.tune.limits).get("latency_ms", math.inf)
+    return [_within(row, latencies.get(row.id), limit) for row in found.rows]
 
 
-def _within(row: TrialRow, limits: Mapping[str, float]) -> TrialRow:
-    for measure, value in (("bytes", row.bytes), ("latency_ms", row.latency_ms)):
-        if row.status == "completed" and value is not None and value > limits.get(measure, value):
-            return replace(row, status="infeasible", reason=search_space.exceeds(measure, value, limits[measure]))
-    return row
+def _within(row: TrialRow, latency_ms: float | str | None, limit: float) -> TrialRow:
+    if isinstance(latency_ms, str):
+        return replace(row, status="failed", reason=latency_ms)
+    row = replace(row, latency_ms=latency_ms)
+    if latency_ms is None or latency_ms <= limit:
+        return row
+    return replace(row, status="infeasible", reason=search_space.exceeds("latency_ms", latency_ms, limit))
 
 
 def _search_controls(
-    context: Context, tune: TuneConfig, inputs: Inputs, found: Found, chosen: Sequence[TrialRow]
-) -> Found:
-    """A search for each finalist's CE-only control, all together of as many trials as the students had.
+    context: Context, tune: TuneConfig, inputs: Inputs, shared: SharedRows | None, found: Found,
+    chosen: Sequence[TrialRow],
+) -> Found:  # fmt: skip
+    """A search for each finalist's CE-only control: in all as many trials as the students had, and for none fewer than
+    the students of its network.
 
     A control that were not searched for would make any search look like distillation's gain. One of its trials has the
     student's own values.
     """
-    sections = [_config_of(found, row).student for row in chosen]
     if not opening.has_labels(opening.data_store(inputs.config, inputs.data), "train"):
         return Found([], {})
-    own = {number: section for number, section in enumerate(sections) if not isinstance(section.loss, CeLoss)}
-    tried = sum(row.status in ("completed", "stopped", "failed") for row in found.rows)
-    each = -(-tried // max(1, len(chosen)))
-    given = [
-        search_space.control_values(section, sampled)
-        for number, section in own.items()
-        for sampled in [
-            {},
-            *_drawn(search_space.control_space(inputs.config.student, tune), each - 1, tune.seed + number),
-        ]
-    ]
+    space = search_space.control_space(inputs.config.student, tune)
+    given: list[dict[str, Any]] = []
+    for row in chosen:
+        section = _config_of(found, row).student
+        if isinstance(section.loss, CeLoss):
+            continue
+        count = _control_trials(found, row, len(chosen))
+        samples = [{}, *_drawn(space, count - 1, tune.seed + row.id)]
+        given += [{"finalist": row.id, "values": search_space.control_values(section, one)} for one in samples]
     if not given:
         return Found([], {})
-    keys = sorted(search_space.control_space(inputs.config.student, tune))
-    context.reporter.line(f"controls: {each} trials over {', '.join(keys)} for each of {len(own)} finalists")
-    controls = _search(context, inputs, Budget(inputs.out, None), keys, "controls", given)
-    ids = [chosen[number].id for number in own]
-    rows = [replace(row, values={"finalist": ids[row.id // each], **row.values}) for row in controls.rows]
-    return Found(rows, controls.plans, controls.seconds)
+    context.reporter.line(f"controls: {len(given)} trials over {', '.join(sorted(space))}, for {len(chosen)} finalists")
+    return _search(context, inputs, shared, Budget(inputs.out, None), sorted(space), "controls", given)
+
+
+def _control_trials(found: Found, chosen: TrialRow, finalists: int) -> int:
+    tried = [found.plans[row.id] for row in found.rows if row.status not in ("invalid", "infeasible")]
+    of_network = sum(trial.network == found.plans[chosen.id].network for trial in tried)
+    return max(1, of_network, -(-len(tried) // finalists))
 
 
 def _drawn(space: Mapping[str, SpaceEntry], count: int, seed: int) -> list[dict[str, Any]]:
-    """``count`` samples of a space, by Ray Tune's own domains."""
+    """``count`` samples of a space, by Ray Tune's own domains; of a finite one each once, so that they may be fewer."""
     import numpy as np
 
     random = np.random.RandomState(seed)
+    if all(entry.options for entry in space.values()):
+        points = list(itertools.product(*(range(len(entry.options)) for entry in space.values())))
+        picked = [points[index] for index in random.permutation(len(points))[:count]]
+        return [search_space.decode(space, dict(zip(space, point, strict=True))) for point in picked]
     domains = _domains(space)
     return [
         search_space.decode(space, {key: domain.sample(random_state=random) for key, domain in domains.items()})
@@ -404,10 +421,8 @@ def _finish(
     Each is the ``student`` stage of its config: what exists is not trained again, and latency is measured alone.
     """
     entries: dict[int, dict[str, Any]] = {}
+    failures: list[RunError] = []
     for number, row in enumerate(rows, 1):
-        config = _config_of(found, row)
-        # The trial's own seed, then 0, 1, 2, ...: tune.seeds in all.
-        seeds = tuple(dict.fromkeys((config.student.seeds[0], *range(tune.seeds))))[: tune.seeds]
         told = search_results.described(row.values)
         context.reporter.line(f"tune: finalist {number} of {len(rows)}: {row.parameters:,} parameters, {told}")
         mine = [control for control in controls.rows if control.values["finalist"] == row.id]
@@ -415,31 +430,72 @@ def _finish(
             (control for control in mine if control.status == "completed"),
             key=lambda control: control.validation_accuracy or 0.0, default=None,
         )  # fmt: skip
-        students = _over_seeds(context, config, seeds)
-        others = _over_seeds(context, _config_of(controls, best), seeds) if best is not None else []
+        students, lost = _over_seeds(context, tune, _config_of(found, row))
+        if not students:
+            failures += lost.values()
+            context.reporter.warn(f"tune: finalist {number} of {len(rows)} is left out: {failures[-1]}")
+            continue
+        others, others_lost = _over_seeds(context, tune, _config_of(controls, best)) if best is not None else ({}, {})
         entry = entries[row.id] = search_results.finalist(students, others, teacher_accuracy)
-        if best is not None:
+        entry["failed_seeds"] = {str(seed): str(error) for seed, error in lost.items()}
+        if best is not None and entry["control"] is not None:
             values = {key: value for key, value in best.values.items() if key != "finalist"}
             entry["control"] |= {
-                "trials": len(mine), "searched": values, "validation_accuracy": best.validation_accuracy
+                "trials": len(mine), "searched": values, "validation_accuracy": best.validation_accuracy,
+                "failed_seeds": {str(seed): str(error) for seed, error in others_lost.items()},
             }  # fmt: skip
-        context.reporter.line(f"tune: {_told(entry)}")
+        entry["why_no_control"] = None if entry["control"] else _why_no_control(found, row, mine, others_lost)
+        context.reporter.line(f"tune: {_told(entry, row)}")
+    if not entries:
+        raise failures[0]
     return entries
 
 
-def _over_seeds(context: Context, config: Config, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """The summaries of the finished students of a config, seed by seed, without controls of their own."""
+def _why_no_control(
+    found: Found, row: TrialRow, trials: Sequence[TrialRow], lost: Mapping[int, RunError]
+) -> str:  # fmt: skip
+    if isinstance(_config_of(found, row).student.loss, CeLoss):
+        return "it learns from the hard labels alone itself"
+    if not trials:
+        return "the training rows have no labels"
+    reason = next(iter(lost.values()), None) or next((trial.reason for trial in trials if trial.reason), None)
+    return f"none of its {len(trials)} trials could be finished: {reason}"
+
+
+def _over_seeds(
+    context: Context, tune: TuneConfig, config: Config
+) -> tuple[dict[int, dict[str, Any]], dict[int, RunError]]:
+    """The summaries of the finished students of a config by seed, and what went wrong with other seeds.
+
+    The trial's own seed is the first, then 0, 1, 2, ...: ``tune.seeds`` in all. They have no controls of their own.
+    """
+    seeds = tuple(dict.fromkeys((config.student.seeds[0], *range(tune.seeds))))[: tune.seeds]
+    try:
+        return {one.seed: one.stage.finished() or {} for one in _trained(context, config, seeds)}, {}
+    except RunError:  # of one of them, mostly: the others are tried alone
+        found: dict[int, dict[str, Any]] = {}
+        lost: dict[int, RunError] = {}
+        for seed in seeds:
+            try:
+                found |= {one.seed: one.stage.finished() or {} for one in _trained(context, config, (seed,))}
+            except RunError as error:
+                lost[seed] = error
+        return found, lost
+
+
+def _trained(context: Context, config: Config, seeds: tuple[int, ...]) -> list[Student]:
     section = config.student.model_copy(update={"seeds": seeds})
-    made = student.run_alone(replace(context, config=config.model_copy(update={"student": section})))
-    return [one.stage.finished() or {} for one in made]
+    return student.run_alone(replace(context, config=config.model_copy(update={"student": section})))
 
 
-def _told(entry: Mapping[str, Any]) -> str:
+def _told(entry: Mapping[str, Any], row: TrialRow) -> str:
     measure = "accuracy" if entry["test_accuracy"] is not None else "agreement"
     test, control, difference = entry[f"test_{measure}"], entry["control"], entry["difference"]
-    text = f"test {measure} {test['mean']:.4f} over {len(test['values'])} seed(s), {entry['latency_ms']:.3f} ms"
+    text = f"test {measure} {test['mean']:.4f} over {len(test['values'])} seed(s), {row.latency_ms or 0.0:.3f} ms"
     if control is None:
-        return text
+        return f"{text}; no control: {entry['why_no_control']}"
+    if difference is None:
+        return f"{text}; its control has no seed in common"
     interval = "" if difference["low"] is None else f" [{difference['low']:+.4f}, {difference['high']:+.4f}]"
     return (
         f"{text}; CE-only control {control['mean']:.4f}; difference {difference['mean']:+.4f}{interval}: "
