@@ -388,7 +388,8 @@ def test_each_finalist_has_its_verdict_in_a_sentence(folder: Path, pareto: dict[
         assert f"{100 * difference['low']:+.2f} to {100 * difference['high']:+.2f} points" in text
     assert text.count(": better.") == 3
     assert text.count(": not resolved.") == 1
-    assert "Finalists were chosen on the validation split. The test split was met once" in text
+    assert "Finalists and controls were chosen on the validation split" in text
+    assert "The test split was met once, afterwards" in text
 
 
 def test_every_trial_is_listed_the_best_first(folder: Path, rows: list[TrialRow], controls: list[TrialRow]) -> None:
