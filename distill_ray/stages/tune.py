@@ -183,7 +183,7 @@ def _saved(
     passes = max(0, sum(distilled.values()) + again - 1)
     rate = recorded(inputs.labels.folder).get("rows_per_s")
     train_rows = opening.data_store(inputs.config, inputs.data).manifest.splits["train"].rows
-    seconds = round(passes * train_rows / rate, 1) if isinstance(rate, int | float) and rate > 0 else None
+    seconds = round(passes * train_rows / rate, 3) if isinstance(rate, int | float) and rate > 0 else None
     return {"teacher_passes_saved": passes, "teacher_seconds_saved": seconds}
 
 
@@ -371,12 +371,12 @@ def _search_controls(
         return Found([], {})
     space = search_space.control_space(inputs.config.student, tune)
     given: list[dict[str, Any]] = []
-    for row in chosen:
+    for number, row in enumerate(chosen):
         section = _config_of(found, row).student
         if isinstance(section.loss, CeLoss):
             continue
         count = _control_trials(found, row, len(chosen))
-        samples = [{}, *_drawn(space, count - 1, tune.seed + row.id)]
+        samples = [{}, *_drawn(space, count - 1, tune.seed + number)]
         given += [{"finalist": row.id, "values": search_space.control_values(section, one)} for one in samples]
     if not given:
         return Found([], {})
