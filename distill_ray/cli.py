@@ -41,6 +41,9 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Print nothing but er
 JsonOption = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show stack traces and Ray's own log.")]
 ProfileOption = Annotated[bool, typer.Option("--profile", help="End with a table of where the time went.")]
+SearchOption = Annotated[
+    Path | None, typer.Option("--search", metavar="FILE", help="A search to lay over CONFIG: tune, and student.")
+]
 AllowImportOption = Annotated[
     bool, typer.Option("--allow-import", help="Permit code that the config names by import path.")
 ]
@@ -153,7 +156,6 @@ _command("teacher", "Train the teacher, after what it needs.", _stage("teacher")
 _command("label", "Store the teacher's logits for every row, after what that needs.", _stage("label"))
 _command("student", "Train the students and their CE-only controls, after what they need.", _stage("student"))
 _command("report", "Write report.html of the run, after every stage it shows.", _stage("report"))
-_command("export", "Write the student in portable forms, after what it needs.", _stage("export"))
 
 
 @app.command("init", help="Look at data of your own and write the config of a first run.")
@@ -192,13 +194,40 @@ def _init(
     print(f"{target}: written; look through it, then: distill-ray run {target}")
 
 
+@app.command("export", help="Write the student in portable forms, after what it needs.")
+def _export(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    trial: Annotated[
+        int | None, typer.Option("--trial", metavar="N", min=0, help="A finalist of the search, by its trial's number.")
+    ] = None,
+    search: SearchOption = None,
+    out: OutOption = "runs",
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+    debug: DebugOption = False,
+    allow_import: AllowImportOption = False,
+    profile: ProfileOption = False,
+) -> None:
+    def work(context: Context) -> dict[str, Any]:
+        from distill_ray.stages import export
+
+        if trial is None:
+            return _stage("export")(context)
+        exported = export.run_trial(context, trial)
+        stages = [outcome.to_json() for outcome in context.outcomes.values()]
+        return {"name": context.config.name, "stages": stages, **exported}
+
+    if search is not None and trial is None:
+        raise UserError("export: --search goes with --trial N: which finalist of the search?")
+    _carry_out(config, overrides or [], _options(out, quiet, json_output, debug, profile), allow_import, work, search)
+
+
 @app.command("tune", help="Search student sizes and temperatures over one label store, after what that needs.")
 def _tune(
     config: ConfigArgument,
     overrides: OverridesArgument = None,
-    search: Annotated[
-        Path | None, typer.Option("--search", metavar="FILE", help="A search to lay over CONFIG: tune, and student.")
-    ] = None,
+    search: SearchOption = None,
     out: OutOption = "runs",
     quiet: QuietOption = False,
     json_output: JsonOption = False,

@@ -170,17 +170,19 @@ def search_table(title: str, found: Mapping[str, Any]) -> None:
     synthetic = " of synthetic data" if found["synthetic"] else ""
     heading = f"{title}: finalists, test split{synthetic}, {found['seeds']} seed(s)"
     table = Table(title=heading, title_justify="left", header_style="bold")
-    for heading in ("parameters", "latency ms", "values", "student", "control", "difference, points", ""):
-        table.add_column(heading, justify="left" if heading in ("values", "") else "right", overflow="fold")
+    headings = ("trial", "parameters", "latency ms", "values", "student", "control", "difference, points", "verdict")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("values", "verdict") else "right", overflow="fold")
     for point in found["front"]:
         if point["finalist"]:
             table.add_row(*_finalist_cells(point))
     console.print(table)
     seconds = found["teacher_seconds_saved"]
-    worth = "" if seconds is None else f", {seconds:,.0f} s of them"
+    worth = "" if seconds is None else f", {seconds:,.0f} s of its time"
     print(
-        f"{found['trials']} trials and {found['control_trials']} of controls from one set of labels: "
-        f"{found['teacher_passes_saved']} passes of the teacher saved{worth}"
+        f"{found['trials']} trials of {found['students']} students, {found['control_trials']} trials of controls, from "
+        f"one set of labels: {found['teacher_passes_saved']} passes of the teacher saved{worth}\n"
+        f"report: {found['folder']}/report.html; one of the finalists for use: distill-ray export CONFIG --trial N"
     )
 
 
@@ -189,7 +191,14 @@ def _finalist_cells(point: Mapping[str, Any]) -> list[str]:
         f"{key}={f'{value:.4g}' if isinstance(value, float) else value}" for key, value in point["values"].items()
     )
     test, control, difference = point["test_accuracy"] or point["test_agreement"], point["control"], point["difference"]
-    cells = [f"{point['parameters']:,}", f"{point['latency_ms']:.3f}", values, _spread(test), _spread(control)]
+    cells = [
+        str(point["trial"]),
+        f"{point['parameters']:,}",
+        f"{point['latency_ms']:.3f}",
+        values,
+        _spread(test),
+        _spread(control),
+    ]
     if difference is None:
         return [*cells, "n/a", ""]
     interval = (

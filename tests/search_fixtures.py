@@ -102,7 +102,8 @@ def summary_of(rows: list[TrialRow], controls: list[TrialRow], seeds: int = 5) -
     for row in rows:
         counts[row.status] = counts.get(row.status, 0) + 1
     return {
-        "trials": len(rows), "counts": counts, "control_trials": len(controls), "finalists": 4, "seeds": seeds,
+        "trials": len(rows), "students": len(rows), "counts": counts, "control_trials": len(controls),
+        "finalists": 4, "seeds": seeds,
         "seconds": 900.0, "search_seconds": 500.0, "teacher_passes_saved": 1205, "teacher_seconds_saved": 8000.0,
         "synthetic": False, "labels_digest": "3fa9c0ffee00", "data_digest": "81c2deadbeef",
     }  # fmt: skip

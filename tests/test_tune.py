@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from distill_ray import training
 from distill_ray.artifacts import Stage, exclusive
@@ -380,6 +381,26 @@ def test_a_trial_is_the_student_of_the_same_config(search: Search) -> None:
     assert student.code == 0, student.stderr
     stages = {stage["role"]: stage for stage in student.answer["stages"] if stage["name"] == "student"}
     assert (stages["student"]["folder"], stages["student"]["status"]) == (point["folder"], "reused")
+
+
+def test_a_finalist_is_exported_by_its_number(search: Search) -> None:
+    point = search.finished.answer["tune"]["front"][0]
+    exported = distill_ray("export", search.config, "--trial", str(point["trial"]), "--out", search.out, "--json")
+    assert exported.code == 0, exported.stderr
+    assert exported.answer["student"]["folder"] == point["folder"]
+    assert exported.answer["export"] == str(search.out / "search" / f"export-{point['trial']}")
+    assert {stage["status"] for stage in exported.answer["stages"]} == {"reused"}
+    other = distill_ray("export", search.config, "--trial", "77", "--out", search.out)
+    assert other.code == 2
+    assert "--trial 77: is no finalist of the search, which has" in other.stderr
+
+
+def test_the_folder_says_what_the_search_was(search: Search) -> None:
+    told = yaml.safe_load((search.folder / "config.yaml").read_text())
+    assert told["config"]["tune"]["constraints"] == ["parameters <= 100_000"]
+    assert told["config"]["student"]["train"]["epochs"] == 2
+    assert set(told["resolved"]["control_space"]) == {"train.lr"}
+    assert "the controls are searched over train.lr, the students are not" in search.finished.stderr
 
 
 def test_an_unknown_key_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 ``<out>/<name>/export/`` gets ``student.pt2`` (a torch.export program of network and input contract: raw rows in, logits
 out, any batch size), the student's own ``model.safetensors`` and ``model.json``, and ``export.json``, which is written
-last and says what the others are.
+last and says what the others are. A finalist of a search goes to ``export-<trial>/``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import copy
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from distill_ray import __version__
 from distill_ray.artifacts import SPEC_FILE, WEIGHTS_FILE, score
 from distill_ray.config import imports_of, to_dict
-from distill_ray.errors import RunError
+from distill_ray.errors import RunError, UserError
 from distill_ray.models import Classifier, ModelSpec, load_classifier
-from distill_ray.stages import entry, opening, prepare, results, student
+from distill_ray.stages import entry, opening, prepare, results, search_space, student, tune
 from distill_ray.stages.context import Context
 from distill_ray.stages.student import Student
 from distill_ray.storage import Folder
@@ -40,8 +41,30 @@ def run(context: Context) -> dict[str, Any]:
     Raises:
         RunError: the exported program does not give the logits of ``load_model``; an earlier export stays as it was.
     """
-    best = best_student(student.run(context))
-    folder = results.run_folder(context) / EXPORT_FOLDER
+    if context.config.tune is not None:
+        context.reporter.warn("export: the student of the config itself; one that its search has found: --trial N")
+    return _export(context, student.run(context), results.run_folder(context) / EXPORT_FOLDER)
+
+
+def run_trial(context: Context, trial: int) -> dict[str, Any]:
+    """Export the best seed of a finalist of the config's search, into a folder of its own; as ``run``.
+
+    Raises:
+        UserError: there is no such finalist; says which there are.
+    """
+    finalists = {point["trial"]: point for point in tune.run(context)["tune"]["front"] if point["finalist"]}
+    if trial not in finalists:
+        there = ", ".join(map(str, finalists))
+        raise UserError(f"--trial {trial}: is no finalist of the search, which has {there}: name one of them")
+    point = finalists[trial]
+    section = search_space.lay_over(context.config.student, point["values"])
+    config = context.config.model_copy(update={"student": section.model_copy(update={"seeds": tuple(point["seeds"])})})
+    students = student.run_alone(replace(context, config=config))
+    return _export(context, students, results.run_folder(context) / f"{EXPORT_FOLDER}-{trial}")
+
+
+def _export(context: Context, students: Sequence[Student], folder: Folder) -> dict[str, Any]:
+    best = best_student(students)
     record = finished(folder, best)
     if record is None:
         record = _write(context, best, folder)

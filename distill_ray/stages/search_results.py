@@ -120,8 +120,8 @@ def finalist(
     first = next(iter(students.values()))
     entry: dict[str, Any] = {
         "test_accuracy": None, f"test_{measure}": evidence.mean_std(_of(measure, students, students)),
-        "latency_of": first["latency_of"], "bytes": first["bytes"], "control": None, "difference": None,
-        "gap_closed": None,
+        "seeds": list(students), "latency_of": first["latency_of"], "bytes": first["bytes"],
+        "control": None, "difference": None, "gap_closed": None,
     }  # fmt: skip
     shared = [seed for seed in students if seed in controls]
     if controls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_ray.artifacts import WEIGHTS_FILE, History, is_over, score
@@ -66,7 +66,6 @@ class _Followed:
     out_of_time: bool = False  # it was running when the minutes were over
     epoch: int = 0
     best: float = 0.0
-    started: float = field(default_factory=time.monotonic)
 
     def cells(self) -> tuple[str, ...]:
         """For the table of a running search."""
@@ -169,8 +168,7 @@ class Watch:
     def _tell(self, followed: _Followed) -> None:
         plan = followed.plan
         why = plan.reason or followed.reason
-        seconds = time.monotonic() - followed.started
-        came_to = why or f"{followed.best:.4f} after {followed.epoch} epochs, {seconds:.0f} s"
+        came_to = why or f"{followed.best:.4f} after {followed.epoch} epochs"
         size = f"{plan.parameters:,} parameters, " if plan.parameters is not None else ""
         self._context.reporter.line(f"{self._name}: trial {followed.number}: {size}{described(plan.values)}: {came_to}")
 

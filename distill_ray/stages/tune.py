@@ -43,7 +43,7 @@ from distill_ray.stages import (
     student,
     teacher,
 )
-from distill_ray.stages.context import Context, recorded
+from distill_ray.stages.context import Context, recorded, write_stage_config
 from distill_ray.stages.search_results import TrialRow
 from distill_ray.stages.search_space import METRIC, Inputs, Trial
 from distill_ray.stages.search_watch import Budget, Watch
@@ -112,6 +112,7 @@ def _check_installed(tune: TuneConfig) -> None:
 def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> None:
     started = time.perf_counter()
     seen = _label_state(inputs)
+    _say_what_it_is(context, tune, inputs, target)
     shared = search_trial.share_rows(inputs, _placement(context, tune.planned_trials)[0].share_bytes)
     found = _search(context, inputs, shared, Budget(target.folder, tune.minutes), sorted(tune.space), "tune")
     rows = _with_latency(context, inputs, found, target.folder)
@@ -133,7 +134,8 @@ def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> 
         raise RunError(f"tune: {inputs.labels.folder} changed during the search: run the command again")
     best = max(front, key=lambda row: row.validation_accuracy or 0.0)
     summary = {
-        "trials": len(rows), "counts": dict(Counter(row.status for row in rows)),
+        "trials": len(rows), "students": len({row.folder for row in rows if row.folder}),
+        "counts": dict(Counter(row.status for row in rows)),
         "synthetic": (inputs.data.finished() or {}).get("synthetic"),
         "control_trials": len(controls.rows), "finalists": len(measured), "seeds": tune.seeds,
         "best": {key: value for key, value in asdict(best).items() if key not in ("status", "reason")},
@@ -143,10 +145,21 @@ def _make(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> 
         "labels_manifest_sha256": seen, "labels_digest": inputs.labels.digest, "data_digest": inputs.data.digest,
         **_saved(inputs, rows, measured, found, tune),
     }  # fmt: skip
-    title = f"{context.config.name}: search"
-    page = search_report.write(target.folder, title, rows, controls.rows, pareto, summary)
+    page = search_report.write(target.folder, context.config.name, rows, controls.rows, pareto, summary)
     context.reporter.line(f"tune: {page}")
     target.folder.write_json(SUMMARY_FILE, summary)
+
+
+def _say_what_it_is(context: Context, tune: TuneConfig, inputs: Inputs, target: Stage) -> None:
+    """``config.yaml`` of the folder; and a line where the controls may be varied in what the students are not."""
+    section = {"tune": to_dict(tune), "student": to_dict(inputs.config.student)}
+    controls = search_space.control_space(inputs.config.student, tune)
+    write_stage_config(target, section, {"control_space": {key: to_dict(entry) for key, entry in controls.items()}})
+    if alone := sorted(set(controls) - set(tune.space)):
+        keys = ", ".join(alone)
+        context.reporter.line(
+            f"tune: the controls are searched over {keys}, the students are not: with {keys} in tune.space both are"
+        )
 
 
 def _why_nothing(rows: Sequence[TrialRow]) -> str:
