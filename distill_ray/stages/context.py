@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -56,11 +56,11 @@ class Context:
 
     def once(
         self, stage_name: str, target: Stage, is_whole: Callable[[Stage], bool], work: Callable[[], None], *,
-        ahead: str | None = None,
+        ahead: Sequence[str] = (),
     ) -> Stage:  # fmt: skip
         """Run ``work`` unless the folder is finished and whole; record which of the two it was.
 
-        ``ahead`` is a module that ``work`` needs, imported while Ray starts: torch takes as long.
+        ``ahead`` are modules that ``work`` needs, imported while Ray starts: torch takes as long.
         """
         if target.digest in self.outcomes:
             return target
@@ -90,15 +90,15 @@ class Context:
         self.reporter.line(f"{stage_name}: {target.folder.name} (finished before, reused)")
         self.outcomes[target.digest] = Outcome(stage_name, str(target.folder), 0.0, "reused", role, seed)
 
-    def announce_ray(self, ahead: str | None = None) -> None:
-        """Start Ray where no stage has yet, importing the module ``ahead`` meanwhile, and say where Ray is."""
+    def announce_ray(self, ahead: Sequence[str] = ()) -> None:
+        """Start Ray where no stage has yet, importing the modules ``ahead`` meanwhile, and say where Ray is."""
         if not self.session.started:
             started = time.perf_counter()
             with ThreadPoolExecutor(1) as pool:
-                imported = pool.submit(importlib.import_module, ahead) if ahead is not None else None
+                imported = [pool.submit(importlib.import_module, module) for module in ahead]
                 self.reporter.line(self.session.describe())
-                if imported is not None:
-                    imported.result()
+                for module in imported:
+                    module.result()
             self.profile.add_stage("start of Ray", time.perf_counter() - started)
 
 

@@ -212,15 +212,18 @@ def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(field.annotation) if field is not None else ()
 
 
-def plan(inputs: Inputs, values: Mapping[str, Any]) -> Trial:
-    """What these values mean: a student and its folder, or why they are none."""
+def plan(inputs: Inputs, values: Mapping[str, Any], *, sized: bool = True) -> Trial:
+    """What these values mean: a student and its folder, or why they are none.
+
+    Not ``sized``, no network is built, and torch not imported: parameters are then told where constraints need them.
+    """
     tune, base = inputs.config.tune, inputs.config.student
     assert tune is not None
     try:
         sampled = lay_over(base, values).model_copy(update={"seeds": base.seeds[:1]})
         config = inputs.config.model_copy(update={"student": sampled})
         student.check_loss(sampled.loss, _has_labels(inputs.data))
-        sizes = _sizes(inputs.data, sampled)
+        sizes = _sizes(inputs.data, sampled) if sized or tune.limits else {}
     except (ValueError, UserError) as error:
         return Trial(values, "invalid", str(error))
     values = {key: value for key, value in values.items() if _has(to_dict(sampled), key)}
@@ -229,7 +232,7 @@ def plan(inputs: Inputs, values: Mapping[str, Any]) -> Trial:
         if measure in sizes and sizes[measure] > limit:
             reason = exceeds(measure, sizes[measure], limit)
             return Trial(values, "infeasible", reason, config, place, sizes["parameters"])
-    return Trial(values, "ready", None, config, place, sizes["parameters"])
+    return Trial(values, "ready", None, config, place, sizes.get("parameters"))
 
 
 def exceeds(measure: str, value: float, limit: float) -> str:

@@ -87,7 +87,8 @@ def ask_instead_of_stopping(scheduler: Any, inputs: Inputs) -> None:
 
 def _planned(inputs: Inputs, sample: Mapping[str, Any]) -> Trial:
     assert inputs.config.tune is not None
-    return search_space.plan(inputs, search_space.values_of(inputs.config.tune, sample))
+    # The driver counts the parameters; a trial that is trained already needs no torch.
+    return search_space.plan(inputs, search_space.values_of(inputs.config.tune, sample), sized=False)
 
 
 class _TakenError(Exception):

@@ -34,7 +34,7 @@ def run(context: Context) -> Stage:
         make = import_labels.make_teacher
     elif context.config.teacher.given:
         make = _make_given
-    ahead = "distill_ray.stages.model_folder"
+    ahead = ("distill_ray.stages.model_folder",)
     return context.once("teacher", target, progress.is_whole, lambda: make(context, data, target), ahead=ahead)
 
 

@@ -73,7 +73,7 @@ def run(context: Context) -> dict[str, Any]:
     inputs = Inputs(context.config, context.out, data, labels)
     target = locate(inputs)
     # The first trial waits for the driver to count its parameters: for the import of torch, were that not done by then.
-    ahead = "distill_ray.stages.model_folder"
+    ahead = ("distill_ray.stages.model_folder", "ray.tune")
     context.once("tune", target, is_whole, lambda: _make(context, tune, inputs, target), ahead=ahead)
     return {"tune": {"folder": str(target.folder), **(target.finished() or {}), **target.folder.read_json(PARETO_FILE)}}
 
