@@ -169,6 +169,28 @@ def test_a_search_is_laid_over_a_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("below", "above", "expected"),
+    [
+        (
+            {"temperature": 2, "alpha": 0.5},
+            {"name": "kd", "temperature": 4},
+            {"name": "kd", "temperature": 4, "alpha": 0.5},
+        ),
+        ({"name": "kd", "alpha": 0.5}, {"temperature": 4}, {"name": "kd", "alpha": 0.5, "temperature": 4}),
+        ({"name": "kd", "alpha": 0.5}, {"name": "ce"}, {"name": "ce"}),
+        ({"name": "mlp", "hidden": [4]}, {"hidden": [8]}, {"name": "mlp", "hidden": [8]}),
+        ({"name": "mlp", "hidden": [4]}, {"import": "m:f"}, {"import": "m:f"}),
+        ({"import": "m:f"}, {"kwargs": {"width": 3}}, {"import": "m:f", "kwargs": {"width": 3}}),
+        ({"epochs": 3, "lr": 1}, {"lr": 2}, {"epochs": 3, "lr": 2}),
+    ],
+)
+def test_a_section_of_another_kind_takes_the_whole_place(
+    below: dict[str, Any], above: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert configs._merged(below, above) == expected
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("data: {rows: 3}\ntune: {}", r"--search .*search.yaml, line 1: data: a search file holds tune, and student"),
