@@ -65,7 +65,7 @@ GOLDEN_CHAIN = {
     },
     "smoke_search": {
         "teacher": "1039b589c46ee752", "labels": "ab8defa14709ec17", "student": "ce3a8272006cd0b3",
-        "control": "ce0596a4a0ad383f", "tune": "baf4b1be4363a446",
+        "control": "ce0596a4a0ad383f", "tune": "a9ad2c4549eb1dab",
     },
 }  # fmt: skip
 
