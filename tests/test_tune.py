@@ -239,6 +239,34 @@ def test_a_latency_above_its_limit_keeps_a_trial_from_the_front() -> None:
     assert tune._within(row, "it cannot be measured", 0.7).status == "failed"
 
 
+def test_a_search_that_found_nothing_says_what_to_change() -> None:
+    cut = dataclasses.replace(trial(0, 0.9, 10, status="stopped"), reason="stopped by the scheduler")
+    slow = tune._within(trial(1, 0.9, 10), 0.7, 0.5)
+    told = tune._why_nothing([cut, slow])
+    assert "(1 stopped, 1 infeasible); the first: latency_ms 0.7" in told
+    assert told.endswith("loosen tune.constraints, or add smaller students to tune.space")
+    failed = dataclasses.replace(trial(2, 0.0, 10, status="failed"), reason="the loss is not finite")
+    assert "the first: the loss is not finite" in tune._why_nothing([cut, slow, failed])
+    assert "none begun" in tune._why_nothing([])
+
+
+def test_a_seed_that_cannot_be_trained_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side the first that fails ends them all; each is then trained, or fails, by itself."""
+
+    def trained(context: Any, config: Any, seeds: tuple[int, ...]) -> list[Any]:
+        if 2 in seeds:
+            raise RunError("student: the loss is not finite")
+        finished = SimpleNamespace(finished=lambda: {"accuracy": 0.5})
+        return [SimpleNamespace(seed=seed, stage=finished) for seed in seeds]
+
+    monkeypatch.setattr(tune, "_trained", trained)
+    config = from_dict(SEARCH | {"tune": SEARCH["tune"] | {"seeds": 4}})
+    assert config.tune is not None
+    found, lost = tune._over_seeds(SimpleNamespace(), config.tune, config)  # type: ignore[arg-type]
+    assert sorted(found) == [0, 1, 3]
+    assert {seed: str(error) for seed, error in lost.items()} == {2: "student: the loss is not finite"}
+
+
 def test_the_share_of_the_gap_is_told_where_there_is_one() -> None:
     ours, theirs = summaries(0.88, 0.90), summaries(0.86, 0.86)
     assert search_results.finalist(ours, theirs, 0.92)["gap_closed"] == pytest.approx(0.5)

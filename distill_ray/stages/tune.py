@@ -164,7 +164,9 @@ def _say_what_it_is(context: Context, tune: TuneConfig, inputs: Inputs, target: 
 
 def _why_nothing(rows: Sequence[TrialRow]) -> str:
     counts = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in rows).items()) or "none begun"
-    telling = sorted((row for row in rows if row.reason), key=lambda row: row.status != "failed")
+    # What only the scheduler stopped says least: those that it left came to nothing for another reason.
+    order = ("failed", "infeasible", "invalid", "stopped")
+    telling = sorted((row for row in rows if row.reason), key=lambda row: order.index(row.status))
     reason = telling[0].reason if telling else "the minutes of tune.minutes were over"
     mends = {
         "failed": "mend that, or leave such values out of tune.space", "invalid": "change tune.space",
