@@ -404,11 +404,16 @@ def test_a_finished_search_trains_nothing(search: Search) -> None:
 
 def test_a_trial_is_the_student_of_the_same_config(search: Search) -> None:
     point = search.finished.answer["tune"]["front"][0]
+    controls = pq.read_table(search.folder / "control_trials.parquet").to_pylist()
+    before = {row["folder"]: (Path(row["folder"]) / "metrics.jsonl").stat().st_mtime_ns for row in controls}
     overrides = [f"student.{key}={json.dumps(value)}" for key, value in point["values"].items()]
     student = distill_ray("student", search.config, *overrides, "--out", search.out, "--json")
     assert student.code == 0, student.stderr
     stages = {stage["role"]: stage for stage in student.answer["stages"] if stage["name"] == "student"}
     assert (stages["student"]["folder"], stages["student"]["status"]) == (point["folder"], "reused")
+    # One of the control's trials has its student's own values: it is finished here, if it was not chosen, not trained.
+    control = stages["control"]["folder"]
+    assert (Path(control) / "metrics.jsonl").stat().st_mtime_ns == before[control]
 
 
 def test_a_finalist_is_exported_by_its_number(search: Search) -> None:
